@@ -1,0 +1,456 @@
+"""Outgoing messages: one connection a message for strangers, a pipelined channel for our own kind.
+
+    post -> Channel (one a URL) -+- granted:  one connection, many frames unacknowledged on it
+                                 +- else:     one connection a message, at most PLAIN_CONNECTIONS
+                                 +- http(s):  one POST a message
+
+A message that may be extended carries `"acomm": 1`. An acknowledgement that carries it too grants: the
+connection stays open, and what follows is written to it without waiting. Acknowledgements come back
+in order, so they are matched by position. When a granted connection breaks, what was not acknowledged
+is sent again, once; receivers tell repeats by the id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from acomm import messages, urls
+from acomm.errors import AcommError, BadRequest, ConnectionLost, printable
+from acomm.framing import DEFAULT_MAX_FRAME
+from acomm.listener import encode_payload
+from acomm.messages import Request, Response
+from acomm.transport import FrameProtocol
+
+if TYPE_CHECKING:
+    import aiohttp
+
+log = logging.getLogger("acomm.channel")
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds to connect, and again for the acknowledgement to come."""
+
+PLAIN_CONNECTIONS = 64
+"""Connections to one peer that takes one message a connection, at a time."""
+
+_VERDICT_WAIT = 0.25
+"""Seconds that messages wait to learn whether a new peer grants a channel. Our own answer in well under
+a millisecond; a peer that takes longer gets a connection a message meanwhile.
+"""
+
+_MAX_SENDS = 2
+_MAX_REPLY = 1024 * 1024
+
+Delivered = Callable[[AcommError | None], None]
+
+
+class Outgoing:
+    """A message on its way. `delivered(error)` is called once: with None when it was acknowledged, else
+    with the acknowledgement's error, or ConnectionLost when none came.
+
+    `expected` is the acknowledgement that we expect, byte for byte, which spares decoding it.
+    """
+
+    __slots__ = ("deadline", "delivered", "expected", "extended", "payload", "sends", "wire")
+
+    def __init__(
+        self, payload: bytes, delivered: Delivered, *, wire: int, extended: bool, expected: bytes = b""
+    ) -> None:
+        self.payload = payload
+        self.delivered = delivered
+        self.wire = wire
+        self.extended = extended
+        self.expected = expected
+        self.sends = 0
+        self.deadline = 0.0
+
+
+class Channels:
+    """All the channels of one owner, by URL. Closing it fails what is still under way."""
+
+    def __init__(self, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.timeout = timeout
+        self.granting: OrderedDict[str, bool] = OrderedDict()
+        self._channels: dict[str, Channel] = {}
+        self._http: aiohttp.ClientSession | None = None
+        self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<Channels {len(self._channels)} open>"
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def post(self, url: str, message: Outgoing) -> None:
+        """Send a message; its `delivered` is told how it went. Raises BadRequest for a URL that nothing
+        can be sent to. Never blocks.
+        """
+        channel = self._channels.get(url)
+        if channel is None:
+            if self.closed:
+                message.delivered(ConnectionLost("the sender is closed"))
+                return
+            urls.check(url, "the URL")
+            path = urls.unix_path(url)
+            channel = HttpChannel(self, url) if path is None else UnixChannel(self, url, path)
+            self._channels[url] = channel
+        channel.post(message)
+
+    async def send(self, url: str, payload: Any, wire: int = 3) -> None:
+        """Send a payload and wait for its acknowledgement. Raises its error, or ConnectionLost."""
+        extended = _may_extend(payload, wire)
+        acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def delivered(error: AcommError | None) -> None:
+            if not acknowledged.done():
+                acknowledged.set_result(None) if error is None else acknowledged.set_exception(error)
+
+        data = encode_payload(payload, wire, extended=extended)
+        self.post(url, Outgoing(data, delivered, wire=wire, extended=extended))
+        await acknowledged
+
+    async def close(self) -> None:
+        """Close all connections; what is unacknowledged fails with ConnectionLost."""
+        self.closed = True
+        for channel in list(self._channels.values()):
+            await channel.close()
+        self._channels.clear()
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    def http(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            import aiohttp
+
+            self._http = aiohttp.ClientSession(
+                # The environment's proxies and a peer's redirects must not choose where messages go.
+                trust_env=False,
+                timeout=aiohttp.ClientTimeout(total=self.timeout, connect=self.timeout),
+                connector=aiohttp.TCPConnector(limit=256, limit_per_host=32),
+                auto_decompress=True,
+            )
+        return self._http
+
+    def idle(self, channel: Channel) -> None:
+        """A channel has nothing under way and no connection: forget it, so that short-lived hooks leave
+        nothing behind.
+        """
+        if self._channels.get(channel.url) is channel:
+            del self._channels[channel.url]
+
+    def learned(self, url: str, granting: bool) -> None:
+        """Remember whether the peer at `url` grants channels."""
+        self.granting[url] = granting
+        self.granting.move_to_end(url)
+        if len(self.granting) > 1024:
+            self.granting.popitem(last=False)
+
+
+class Channel:
+    """What both kinds share: a URL, the tasks under way, and their end."""
+
+    def __init__(self, owner: Channels, url: str) -> None:
+        self.owner = owner
+        self.url = url
+        self.queue: deque[Outgoing] = deque()
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def post(self, message: Outgoing) -> None:
+        raise NotImplementedError
+
+    def start(self, message: Outgoing) -> None:
+        """Send one message by a task of its own."""
+        task = asyncio.get_running_loop().create_task(self._run(message))
+        self.tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    async def exchange(self, message: Outgoing) -> AcommError | None:
+        raise NotImplementedError
+
+    async def _run(self, message: Outgoing) -> None:
+        try:
+            error = await self.exchange(message)
+        except asyncio.CancelledError:
+            message.delivered(ConnectionLost("the sender was closed before the acknowledgement came"))
+            raise
+        except AcommError as exc:
+            error = exc
+        except TimeoutError:
+            error = ConnectionLost(f"no acknowledgement from {printable(self.url)} in time")
+        except OSError as exc:
+            error = ConnectionLost(f"cannot reach {printable(self.url)}: {exc.strerror or exc}")
+        message.delivered(error)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("sending to %s failed unexpectedly", printable(self.url), exc_info=error)
+        self.more()
+
+    def more(self) -> None:
+        """Something has ended: start what waits, or be forgotten."""
+        while self.queue and len(self.tasks) < PLAIN_CONNECTIONS:
+            self.start(self.queue.popleft())
+        self.rest()
+
+    def rest(self) -> None:
+        """Be forgotten by the owner if there is nothing to keep."""
+        if not self.tasks and not self.queue:
+            self.owner.idle(self)
+
+    async def close(self) -> None:
+        while self.queue:
+            self.queue.popleft().delivered(ConnectionLost("the sender was closed"))
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class UnixChannel(Channel):
+    """Messages to one unix socket."""
+
+    def __init__(self, owner: Channels, url: str, path: str) -> None:
+        super().__init__(owner, url)
+        self.path = path
+        self.live: _Pipeline | None = None
+        self._undecided: asyncio.TimerHandle | None = None
+
+    def post(self, message: Outgoing) -> None:
+        if message.extended and self.live is not None:
+            self.live.send(message)
+        elif self._undecided is not None or len(self.tasks) >= PLAIN_CONNECTIONS:
+            self.queue.append(message)
+        else:
+            if message.extended and self.owner.granting.get(self.url) is not False:
+                self._await_verdict()
+            self.start(message)
+
+    def _await_verdict(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._undecided = loop.call_later(_VERDICT_WAIT, self.decided)
+
+    def decided(self) -> None:
+        if self._undecided is not None:
+            self._undecided.cancel()
+            self._undecided = None
+        self.more()
+
+    def more(self) -> None:
+        if self._undecided is not None:
+            if self.tasks:
+                return
+            self._undecided.cancel()
+            self._undecided = None
+        if self.live is not None:
+            waiting, self.queue = self.queue, deque()
+            for message in waiting:
+                if message.extended:
+                    self.live.send(message)
+                else:
+                    self.queue.append(message)
+        super().more()
+
+    async def exchange(self, message: Outgoing) -> AcommError | None:
+        message.sends += 1
+        connection = await _connect(self.path, self.owner.timeout, self)
+        try:
+            if message.wire == 1:
+                connection.write_raw(message.payload)
+                return None
+            acknowledged = connection.first(message)
+            async with asyncio.timeout(self.owner.timeout):
+                granted, error = await acknowledged
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            if self.live is not connection:
+                connection.finish()
+        if message.extended:
+            self.owner.learned(self.url, granted)
+        self.decided()
+        return error
+
+    def adopt(self, connection: _Pipeline) -> bool:
+        """A peer has granted; keep the connection if there is none yet."""
+        if self.live is None:
+            self.live = connection
+        return self.live is connection
+
+    def broken(self, connection: _Pipeline, unacknowledged: list[Outgoing]) -> None:
+        """The granted connection is gone. Send again what it may have lost."""
+        if self.live is not connection:
+            return
+        self.live = None
+        for message in unacknowledged:
+            if message.sends < _MAX_SENDS and not self.owner.closed:
+                self.post(message)
+            else:
+                message.delivered(ConnectionLost(f"{printable(self.url)} closed the connection"))
+        self.rest()
+
+    def rest(self) -> None:
+        if self.live is None:
+            super().rest()
+
+    async def close(self) -> None:
+        if self._undecided is not None:
+            self._undecided.cancel()
+            self._undecided = None
+        if self.live is not None:
+            live, self.live = self.live, None
+            for message in live.take():
+                message.delivered(ConnectionLost("the sender was closed"))
+            live.finish()
+        await super().close()
+
+
+class _Pipeline(FrameProtocol):
+    """A connection of ours: sends frames, takes their acknowledgements in order."""
+
+    def __init__(self, channel: UnixChannel) -> None:
+        super().__init__(DEFAULT_MAX_FRAME)
+        self._channel = channel
+        self._waiting: deque[Outgoing] = deque()
+        self._first: asyncio.Future[tuple[bool, AcommError | None]] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def first(self, message: Outgoing) -> asyncio.Future[tuple[bool, AcommError | None]]:
+        """Send the first message; the future tells whether the peer grants, and the ack's error."""
+        self._first = self._loop.create_future()
+        self.write_message(message.payload)
+        return self._first
+
+    def send(self, message: Outgoing) -> None:
+        message.sends += 1
+        message.deadline = self._loop.time() + self._channel.owner.timeout
+        self._waiting.append(message)
+        self.write_message(message.payload)
+        if self._timer is None:
+            self._timer = self._loop.call_at(message.deadline, self._overdue)
+
+    def take(self) -> list[Outgoing]:
+        waiting, self._waiting = list(self._waiting), deque()
+        return waiting
+
+    def message_received(self, message: bytes) -> None:
+        if self._waiting:
+            outgoing = self._waiting.popleft()
+            outgoing.delivered(None if message == outgoing.expected else _ack_error(message)[1])
+        elif self._first is not None and not self._first.done():
+            granted, error = _ack_error(message)
+            granted = granted and self._channel.adopt(self)
+            self._first.set_result((granted, error))
+
+    def framing_failed(self, error: Exception) -> None:
+        self.abort()
+
+    def _overdue(self) -> None:
+        self._timer = None
+        if not self._waiting:
+            return
+        deadline = self._waiting[0].deadline
+        if deadline > self._loop.time():
+            self._timer = self._loop.call_at(deadline, self._overdue)
+            return
+        # The peer holds the line without answering: sending again would only wait as long again.
+        for message in self.take():
+            message.delivered(ConnectionLost("no acknowledgement in time"))
+        self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(ConnectionLost("the peer closed the connection without an ack"))
+            self._first.exception()  # whoever waited may have given up; it is not lost on anyone
+        self._channel.broken(self, self.take())
+
+
+async def _connect(path: str, timeout: float, channel: UnixChannel) -> _Pipeline:
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(timeout):
+        _, protocol = await loop.create_unix_connection(lambda: _Pipeline(channel), path)
+    return protocol
+
+
+def _ack_error(message: bytes) -> tuple[bool, AcommError | None]:
+    """Whether an acknowledgement grants a channel, and the error it carries."""
+    try:
+        ack = Response.decode(message)
+    except BadRequest as error:
+        return False, ConnectionLost(f"the acknowledgement is not readable: {error}")
+    return ack.extended, ack.error
+
+
+class HttpChannel(Channel):
+    """Messages to one HTTP URL, a POST each."""
+
+    def post(self, message: Outgoing) -> None:
+        self.queue.append(message)
+        self.more()
+
+    async def exchange(self, message: Outgoing) -> AcommError | None:
+        import aiohttp
+
+        try:
+            async with self.owner.http().post(
+                self.url,
+                data=message.payload,
+                headers={"Content-Type": "application/json"},
+                allow_redirects=False,
+            ) as reply:
+                body = await reply.content.read(_MAX_REPLY)
+        except aiohttp.ClientError as error:
+            raise ConnectionLost(f"cannot reach {printable(self.url)}: {error}") from None
+        if message.wire == 1:  # this generation looks at the status alone
+            ok = reply.status == 200
+            return None if ok else ConnectionLost(f"{printable(self.url)} answered status {reply.status}")
+        try:
+            ack = Response.decode(body)
+        except BadRequest:
+            return ConnectionLost(
+                f"{printable(self.url)} answered status {reply.status} without an acknowledgement"
+            )
+        if ack.error is None and reply.status >= 300:
+            return ConnectionLost(f"{printable(self.url)} answered status {reply.status}")
+        return ack.error
+
+
+def _may_extend(payload: Any, wire: int) -> bool:
+    """Whether a message may carry `"acomm": 1`: requests of ours, responses to who asked for it."""
+    if wire == 1:
+        return False
+    return isinstance(payload, Request) or (isinstance(payload, Response) and payload.extended)
+
+
+async def send(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAULT_TIMEOUT) -> None:
+    """Send a Request, a Response or any JSON value to a `unix://`, `http://` or `https://` URL.
+
+    Returns when it is acknowledged; generation 1 knows no acknowledgement, there it returns when the
+    message is written. Raises the acknowledgement's error, ConnectionLost when none came within
+    `timeout` seconds, BadRequest for a URL that nothing can be sent to.
+    """
+    channels = Channels(timeout=timeout)
+    try:
+        await channels.send(url, payload, wire)
+    finally:
+        await channels.close()
+
+
+def send_sync(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAULT_TIMEOUT) -> None:
+    """`send` for programs without an event loop. Raises RuntimeError inside one."""
+    asyncio.run(send(url, payload, wire=wire, timeout=timeout))
+
+
+async def _respond(url: str, payload: Response, wire: int) -> None:
+    await send(url, payload, wire=wire)
+
+
+messages.set_transport(_respond)

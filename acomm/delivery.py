@@ -1,0 +1,112 @@
+"""Responses on their way to hooks: tried until acknowledged, or until there is no hope."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+
+from acomm.channel import Channels, Outgoing
+from acomm.errors import AcommError, printable
+from acomm.messages import Response, ok_ack
+
+log = logging.getLogger("acomm.delivery")
+
+FIRST_BACKOFF = 0.1
+LONGEST_BACKOFF = 30.0
+GIVE_UP_AFTER = 600.0
+"""Seconds. A hook that is down for longer has lost its caller, as nothing here survives a restart."""
+
+_expected = {wire: ok_ack(b'""', wire, True) for wire in (1, 2, 3)}
+
+
+class Delivery:
+    """Posts responses to hooks through `channels`, again and again with growing pauses.
+
+    An acknowledgement that carries an error is no delivery. `delivered`, `abandoned` and `pending`
+    count responses.
+    """
+
+    def __init__(self, channels: Channels, *, give_up_after: float = GIVE_UP_AFTER) -> None:
+        self.channels = channels
+        self.give_up_after = give_up_after
+        self.delivered = 0
+        self.abandoned = 0
+        self.pending = 0
+        self._retries: set[asyncio.TimerHandle] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def post(self, url: str, response: Response, wire: int) -> None:
+        """Deliver `response` to `url` in generation `wire`; returns at once."""
+        extended = response.extended and wire > 1
+        payload = response.encode(wire, extended=extended)
+        self.pending += 1
+        self._idle.clear()
+        _Attempt(self, url, payload, wire, extended).send()
+
+    async def drained(self) -> None:
+        """Wait until nothing is pending."""
+        await self._idle.wait()
+
+    def stop(self) -> None:
+        """Give up what waits for another try. Close the channels afterwards."""
+        for timer in self._retries:
+            timer.cancel()
+        if self._retries:
+            log.warning("%d responses were not delivered", len(self._retries))
+        self._retries.clear()
+        self._idle.set()
+
+    def finished(self, delivered: bool) -> None:
+        self.pending -= 1
+        if delivered:
+            self.delivered += 1
+        else:
+            self.abandoned += 1
+        if not self.pending:
+            self._idle.set()
+
+
+class _Attempt:
+    __slots__ = ("delivery", "extended", "failures", "payload", "since", "timer", "url", "wire")
+
+    def __init__(self, delivery: Delivery, url: str, payload: bytes, wire: int, extended: bool) -> None:
+        self.delivery = delivery
+        self.url = url
+        self.payload = payload
+        self.wire = wire
+        self.extended = extended
+        self.failures = 0
+        self.since = asyncio.get_running_loop().time()
+        self.timer: asyncio.TimerHandle | None = None
+
+    def send(self) -> None:
+        if self.timer is not None:
+            self.delivery._retries.discard(self.timer)
+            self.timer = None
+        message = Outgoing(
+            self.payload, self._done, wire=self.wire, extended=self.extended, expected=_expected[self.wire]
+        )
+        self.delivery.channels.post(self.url, message)
+
+    def _done(self, error: AcommError | None) -> None:
+        if error is None:
+            self.delivery.finished(True)
+            return
+        self.failures += 1
+        loop = asyncio.get_running_loop()
+        if loop.time() - self.since > self.delivery.give_up_after or self.delivery.channels.closed:
+            log.error("gave up on the hook %s: %s", printable(self.url), printable(error))
+            self.delivery.finished(False)
+            return
+        pause = min(FIRST_BACKOFF * 2 ** (self.failures - 1), LONGEST_BACKOFF) * random.uniform(0.5, 1)
+        log.log(
+            logging.WARNING if self.failures == 1 else logging.DEBUG,
+            "the hook %s did not take a response (%s); trying again in %.1f s",
+            printable(self.url),
+            printable(error),
+            pause,
+        )
+        self.timer = loop.call_later(pause, self.send)
+        self.delivery._retries.add(self.timer)

@@ -1,0 +1,384 @@
+"""UnixListener: accepts connections, knows who is at the other end, hands over whole messages.
+
+Two ways to use it. A service that answers while the peer waits takes connections:
+
+    async with UnixListener(path) as listener:
+        async for conn in listener:
+            request = await conn.receive(Request)
+            await conn.send(Response.to(request, result="hello"))
+            listener.done_conn(conn)
+
+A service with thousands of messages a second gives `on_message`, which is called for each one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, NamedTuple, TypeVar, overload
+
+import msgspec
+
+from acomm import jsontext, socketpath
+from acomm.errors import AcommError, AddressInUse, BadRequest, ConnectionLost, Forbidden
+from acomm.framing import DEFAULT_MAX_FRAME
+from acomm.messages import Request, Response
+from acomm.transport import Done, FrameProtocol
+from acomm.urls import unix_url
+
+T = TypeVar("T")
+log = logging.getLogger("acomm.listener")
+
+DEFAULT_FRAME_TIMEOUT = 30.0
+"""Seconds for a message to come whole, and for a new connection to begin one."""
+
+_MAX_QUEUED = 64
+_SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)
+_ucred = struct.Struct("3i")
+
+
+class Peer(NamedTuple):
+    """Who is at the other end, by the kernel's word at the time of connecting."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class Connection(FrameProtocol):
+    """One accepted connection. `peer` is its other end; `receive` and `send` carry messages."""
+
+    def __init__(self, listener: UnixListener) -> None:
+        super().__init__(listener.max_frame)
+        self.peer = Peer(-1, -1, -1)
+        self.wire = 3
+        self.waiting_since: float | None = self._loop.time()
+        self._listener = listener
+        self._messages: deque[bytes | Exception] = deque()
+        self._arrived: asyncio.Event | None = None
+
+    @property
+    def raw(self) -> bool:
+        """Whether the peer speaks generation 1: one message, ended by EOF, and no answer."""
+        return bool(self.framer.raw)
+
+    @overload
+    async def receive(self, type: type[T]) -> T: ...
+    @overload
+    async def receive(self, type: None = None) -> bytes: ...
+    async def receive(self, type: Any = None) -> Any:
+        """The next message, decoded as `type` (Request, Response or any type msgspec knows), or its
+        bytes.
+
+        Raises BadRequest when it does not decode, ConnectionLost when the peer sends no more.
+        """
+        while not self._messages:
+            if self.closed or self.peer_finished:
+                raise ConnectionLost("the peer closed the connection")
+            self._arrived = asyncio.Event()
+            await self._arrived.wait()
+        message = self._messages.popleft()
+        if isinstance(message, Exception):
+            raise message
+        if len(self._messages) == _MAX_QUEUED // 2 and not (self.closed or self.peer_finished):
+            self.transport.resume_reading()
+        if type is None:
+            return message
+        if type is Response:
+            return Response.decode(message)
+        if type is Request:
+            request = Request.decode(message, raw=self.raw)
+            self.wire = request.wire
+            return request
+        return jsontext.parse_as(msgspec.json.Decoder(type), message, "message")
+
+    async def send(self, payload: Any, wire: int | None = None) -> None:
+        """Send one message: a Request or Response in generation `wire` (by default that of the request
+        received here), bytes as they are, or anything that JSON can express.
+
+        Raises ConnectionLost when the peer is gone, BadRequest when it is a generation 1 peer, which
+        reads no answer.
+        """
+        if self.raw:
+            raise BadRequest("a generation 1 peer reads no answer on its connection")
+        if self.closed:
+            raise ConnectionLost("the peer closed the connection")
+        self.write_message(encode_payload(payload, wire or self.wire))
+        await self.drain()
+
+    def close(self) -> Done[None]:
+        """Close once everything sent has left."""
+        self.finish()
+        return Done(None)
+
+    # -- the event loop's side ----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        pid, uid, gid = _ucred.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
+        self.peer = Peer(uid, gid, pid)
+        self._listener._connected(self, sock)
+
+    def message_received(self, message: bytes) -> None:
+        self.waiting_since = None
+        if self._listener.on_message is not None:
+            self._listener.on_message(self, message)
+        else:
+            self._queue(message)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.framer.partial:
+            if self.waiting_since is None:
+                self.waiting_since = self._loop.time()
+        else:
+            self.waiting_since = None
+
+    def framing_failed(self, error: Exception) -> None:
+        if self._listener.on_message is not None:
+            self.refuse(error if isinstance(error, AcommError) else BadRequest(str(error)))
+        else:
+            self._queue(error)
+
+    def refuse(self, error: AcommError) -> None:
+        """Tell the peer why, as the acknowledgement of a message that cannot be read, and close."""
+        if not self.raw and not self.closed:
+            self.write_message(Response("", error=error).encode(2))
+        self.close()
+
+    def input_ended(self) -> None:
+        if self._listener.on_message is not None:
+            self.close()
+        elif self._arrived is not None:
+            self._arrived.set()
+
+    def _queue(self, message: bytes | Exception) -> None:
+        self._messages.append(message)
+        if len(self._messages) >= _MAX_QUEUED and not (self.closed or self.peer_finished):
+            self.transport.pause_reading()
+        if self._arrived is not None:
+            self._arrived.set()
+            self._arrived = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._arrived is not None:
+            self._arrived.set()
+        self._listener._disconnected(self)
+
+
+class UnixListener:
+    """Listens at a unix socket.
+
+    `path` None takes a new private path. After `accept_limit` connections (0: no limit) it accepts no
+    more. The socket file gets `mode`. Peers are accepted by the uid that the kernel tells: our own,
+    root, those in `allow_uids`, and members of `allow_gids`.
+
+    `on_message(conn, message)` is called for each message in place of queueing connections for
+    `next_conn`. `on_connect(conn)` and `on_disconnect(conn)` are told of both ends of their lives.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        accept_limit: int = 0,
+        mode: int = 0o600,
+        allow_uids: Iterable[int] | None = None,
+        allow_gids: Iterable[int] = (),
+        max_frame: int = DEFAULT_MAX_FRAME,
+        frame_timeout: float = DEFAULT_FRAME_TIMEOUT,
+        on_message: Callable[[Connection, bytes], None] | None = None,
+    ) -> None:
+        if accept_limit < 0:
+            raise ValueError(f"accept_limit must be 0 (no limit) or more, not {accept_limit}")
+        self.path = os.fspath(path) if path is not None else None
+        self.accept_limit = accept_limit
+        self.mode = mode
+        self.max_frame = max_frame
+        self.frame_timeout = frame_timeout
+        self.on_message = on_message
+        self._uids = {0, os.getuid(), *(allow_uids or ())}
+        self._gids = frozenset(allow_gids)
+        self._bound: socketpath.BoundSocket | None = None
+        self._server: asyncio.Server | None = None
+        self._accepted = 0
+        self._open: set[Connection] = set()
+        self._waiting: asyncio.Queue[Connection | None] = asyncio.Queue()
+        self._all_done = asyncio.Event()
+        self._all_done.set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    @property
+    def addr(self) -> str:
+        """The socket's path."""
+        if self.path is None:
+            raise RuntimeError("the listener has no address before it is started")
+        return self.path
+
+    @property
+    def url(self) -> str:
+        """The socket's `unix://` URL."""
+        return unix_url(self.addr)
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._open)
+
+    async def start(self) -> None:
+        """Begin to listen. Raises AddressInUse or ConfigError."""
+        if self._server is not None:
+            raise RuntimeError("the listener is already started")
+        path = self.path or socketpath.private_path("listener")
+        self._bound = socketpath.bind(path, self.mode)
+        self.path = self._bound.path
+        self._stopped = False
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_unix_server(
+                lambda: Connection(self), sock=self._bound.socket, backlog=socketpath.BACKLOG
+            )
+        except BaseException:
+            self._bound.release()
+            raise
+        self._sweep()
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Accept no more and wait, at most `timeout` seconds (None: as long as it takes), until those
+        who use connections are done with them; then close what is left.
+        """
+        self._stop_accepting()
+        if self.on_message is None and self._open:
+            try:
+                await asyncio.wait_for(self._all_done.wait(), timeout)
+            except TimeoutError:
+                log.warning("stopping with %d connections not done", len(self._open))
+        for conn in list(self._open):
+            conn.close()
+        if self._open:
+            try:
+                await asyncio.wait_for(self._all_done.wait(), 1.0)
+            except TimeoutError:  # a peer that does not read what we have written
+                for conn in list(self._open):
+                    conn.abort()
+
+    async def next_conn(self) -> Connection | None:
+        """The next connection; None when the listener has stopped, or reached its accept limit."""
+        if self._stopped and self._waiting.empty():
+            return None
+        return await self._waiting.get()
+
+    def done_conn(self, conn: Connection) -> Done[None]:
+        """Say that a connection from `next_conn` is finished with; it is closed."""
+        conn.close()
+        return Done(None)
+
+    async def __aenter__(self) -> UnixListener:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop(0)
+
+    async def __aiter__(self) -> AsyncIterator[Connection]:
+        while (conn := await self.next_conn()) is not None:
+            yield conn
+
+    def _stop_accepting(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._bound is not None:
+            self._bound.release()
+        self._waiting.put_nowait(None)
+
+    # -- called by connections ----------------------------------------------------------------------
+
+    def _connected(self, conn: Connection, sock: socket.socket) -> None:
+        self._open.add(conn)
+        self._all_done.clear()
+        if self._stopped:
+            conn.close()
+            return
+        if not self._may_connect(conn.peer, sock):
+            log.warning("refused a connection of uid %d (pid %d)", conn.peer.uid, conn.peer.pid)
+            conn.refuse(Forbidden(f"uid {conn.peer.uid} may not use this socket"))
+            return
+        self._accepted += 1
+        if self.on_message is None:
+            self._waiting.put_nowait(conn)
+        if self._accepted == self.accept_limit:
+            self._stop_accepting()
+
+    def _disconnected(self, conn: Connection) -> None:
+        self._open.discard(conn)
+        if not self._open:
+            self._all_done.set()
+
+    def _may_connect(self, peer: Peer, sock: socket.socket) -> bool:
+        if peer.uid in self._uids:
+            return True
+        if not self._gids:
+            return False
+        if peer.gid in self._gids:
+            return True
+        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
+        return any(gid in self._gids for (gid,) in struct.iter_unpack("i", groups))
+
+    def _sweep(self) -> None:
+        """Close connections whose message does not come whole in time."""
+        loop = asyncio.get_running_loop()
+        limit = loop.time() - self.frame_timeout
+        for conn in list(self._open):
+            if conn.waiting_since is not None and conn.waiting_since < limit:
+                conn.waiting_since = None
+                conn.framing_failed(BadRequest(f"no whole message in {self.frame_timeout:g} seconds"))
+                conn.finish()
+        self._sweeper = loop.call_later(max(self.frame_timeout / 4, 0.01), self._sweep)
+
+
+def encode_payload(payload: Any, wire: int, *, extended: bool = False) -> bytes:
+    """The bytes of a message: Request and Response in generation `wire`, bytes as they are, any other
+    value as JSON. Raises TypeError, and ValueError for None: a bare `null` kills a Go peer.
+    """
+    if isinstance(payload, Request | Response):
+        return payload.encode(wire, extended=extended)
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    if payload is None:
+        raise ValueError("a message cannot be null: it would kill a Go peer")
+    return jsontext.encode(payload, "payload")
+
+
+async def unmarshal_conn_data(conn: Connection, type: type[T]) -> T:
+    """Read one message from `conn` as `type`: the original's UnmarshalConnData."""
+    return await conn.receive(type)
+
+
+async def send_conn_data(conn: Connection, payload: Any) -> None:
+    """Write one message to `conn`: the original's SendConnData."""
+    await conn.send(payload)
+
+
+__all__ = [
+    "AddressInUse",
+    "Connection",
+    "Peer",
+    "UnixListener",
+    "encode_payload",
+    "send_conn_data",
+    "unmarshal_conn_data",
+]

@@ -1,0 +1,420 @@
+"""Request and Response: what they hold, what is valid, and their three spellings on the wire.
+
+The Go original has three generations:
+
+=====  =====================================================================  ==================
+gen.   request keys                                                           response keys
+=====  =====================================================================  ==================
+1      id task responsehook args                                              error id result
+2      id task responsehook args                                              ... stream_url
+3      id task taskURL responseHook streamURL args                            ... streamURL
+=====  =====================================================================  ==================
+
+They are always all there, in this order, compact. Receivers match keys in any case and ignore those
+that they do not know. Two programs that both know this library may say more: a message that carries
+`"acomm": 1` asks for extension keys, and only then does its answer carry any:
+
+* request: `timeout` (seconds left when sent), `priority`, `handlers`
+* response and acknowledgement: `error_info`, and `"acomm": 1` itself
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar, cast
+
+import msgspec
+
+from acomm import handlers, jsontext, urls
+from acomm.errors import AcommError, BadRequest, ConfigError, from_wire, printable
+
+T = TypeVar("T")
+Handler = Callable[["Request", "Response"], Any]
+
+MAX_ID = 1024
+MAX_TASK = 255
+GENERATIONS = (1, 2, 3)
+
+_string = msgspec.json.Decoder(str | None)
+_number = msgspec.json.Decoder(float | None)
+_integer = msgspec.json.Decoder(int | None)
+_anything = msgspec.json.Decoder()
+_quote = msgspec.json.encode
+
+_request_keys = frozenset(
+    "id task args responsehook taskurl streamurl acomm timeout priority handlers".split()
+)
+_response_keys = frozenset("error id result stream_url streamurl acomm error_info".split())
+_generation_3_keys = frozenset({"responseHook", "taskURL", "streamURL"})
+
+
+class Handlers(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Pickled handlers of a request, run by the supervisor: base64 text, and what made them."""
+
+    success: str | None = None
+    error: str | None = None
+    python: str = ""
+    dill: str = ""
+
+    @classmethod
+    def pack(cls, on_success: Handler | None, on_error: Handler | None) -> Handlers | None:
+        """Pickle handlers for the supervisor; None if there are none. Raises HandlerError."""
+        if on_success is None and on_error is None:
+            return None
+        return cls(
+            handlers.dump(on_success) if on_success else None,
+            handlers.dump(on_error) if on_error else None,
+            handlers.python_version(),
+            handlers.dill_version(),
+        )
+
+
+_handlers = msgspec.json.Decoder(Handlers | None)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+class _Positional(msgspec.Struct, frozen=True):
+    task: str
+    args: Any = None
+
+
+class Request(_Positional, frozen=True, kw_only=True):
+    """A task to run: its name, its arguments, and where the response goes.
+
+    `args` is any JSON value (or msgspec.Raw, JSON text as it is, which is what decoding gives).
+    `timeout` is in seconds, from acceptance. `on_success(request, response)` and `on_error(request,
+    response)` run in the process whose Tracker tracks the request and never travel; `handlers` are
+    their pickled form, which the supervisor runs.
+
+    `wire` is the generation that the request came in, `extended` whether its sender asked for
+    extension keys; answers go back in kind.
+    """
+
+    id: str = msgspec.field(default_factory=new_id)
+    response_hook: str | None = None
+    task_url: str | None = None
+    stream_url: str | None = None
+    timeout: float | None = None
+    priority: int = 0
+    on_success: Handler | None = None
+    on_error: Handler | None = None
+    handlers: Handlers | None = None
+    wire: int = 3
+    extended: bool = False
+
+    def validate(self) -> None:
+        """Check the request as its receiver will. Raises BadRequest, which says what to mend."""
+        _check_name("id", self.id, MAX_ID)
+        _check_name("task", self.task, MAX_TASK)
+        for what, url in (
+            ("response hook", self.response_hook),
+            ("task URL", self.task_url),
+            ("stream URL", self.stream_url),
+        ):
+            if url is not None:
+                urls.check(url, what)
+        if self.response_hook is None and self.wire < 3 and self.handlers is None:
+            raise BadRequest("missing response hook")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise BadRequest(f"timeout must be a positive number of seconds, not {self.timeout}")
+
+    @classmethod
+    def decode(cls, data: bytes, *, raw: bool = False) -> Request:
+        """Read a request of any generation; `args` stay undecoded. Raises BadRequest.
+
+        `raw`: it came as EOF-ended JSON, which makes it generation 1 whatever its keys.
+        """
+        fields = jsontext.object_fields(data, _request_keys, "request")
+        wire = 1 if raw else 2 if _generation_3_keys.isdisjoint(fields) else 3
+        get = _folded(fields, _request_keys, "request").get
+        args = get("args")
+        if args is not None:
+            jsontext.check_value(args, "args")
+        request = cls(
+            _text(get("task"), "task"),
+            args,
+            id=_text(get("id"), "id"),
+            response_hook=urls.decode(get("responsehook"), "response hook"),
+            task_url=urls.decode(get("taskurl"), "task URL") if wire == 3 else None,
+            stream_url=urls.decode(get("streamurl"), "stream URL") if wire == 3 else None,
+            timeout=_value(_number, get("timeout"), "timeout"),
+            priority=_value(_integer, get("priority"), "priority") or 0,
+            handlers=_value(_handlers, get("handlers"), "handlers"),
+            wire=wire,
+            extended=_asked(get("acomm")),
+        )
+        _check_name("id", request.id, MAX_ID)
+        _check_name("task", request.task, MAX_TASK)
+        if request.timeout is not None and not 0 < request.timeout < math.inf:
+            raise BadRequest(f"timeout must be a positive number of seconds, not {request.timeout}")
+        if request.response_hook is None and wire < 3 and request.handlers is None:
+            raise BadRequest("missing response hook")
+        return request
+
+    def encode(self, wire: int = 3, *, extended: bool = False) -> bytes:
+        """The request in generation `wire`, with `"acomm": 1` if `extended`.
+
+        Raises TypeError for arguments that JSON cannot express.
+        """
+        _check_generation(wire)
+        hook = urls.encode(self.response_hook)
+        args = b"null" if self.args is None else jsontext.encode(self.args, "args")
+        head = b'{"id":%b,"task":%b,' % (_quote(self.id), _quote(self.task))
+        if wire < 3:
+            body = b'"responsehook":%b,"args":%b' % (hook, args)
+        else:
+            body = b'"taskURL":%b,"responseHook":%b,"streamURL":%b,"args":%b' % (
+                urls.encode(self.task_url),
+                hook,
+                urls.encode(self.stream_url),
+                args,
+            )
+        return head + body + self._extensions(extended) + b"}"
+
+    def _extensions(self, extended: bool) -> bytes:
+        extra = b""
+        if self.timeout is not None:
+            extra += b',"timeout":%b' % _quote(self.timeout)
+        if self.priority:
+            extra += b',"priority":%d' % self.priority
+        if self.handlers is not None:
+            extra += b',"handlers":%b' % _quote(self.handlers)
+        return extra + b',"acomm":1' if extended else extra
+
+    def args_as(self, type: type[T]) -> T:
+        """The arguments as `type`. Raises BadRequest when they do not fit."""
+        return _as(self.args, type, "args")
+
+    async def respond(self, response: Response) -> None:
+        """Send `response` to this request's hook, in the generation that the request came in.
+
+        Returns when it is acknowledged. Raises what `acomm.send` raises.
+        """
+        if self.response_hook is None:
+            raise BadRequest("the request has no response hook")
+        if _transport is None:
+            raise ConfigError("no transport: import acomm, not acomm.messages alone")
+        await _transport(self.response_hook, response, self.wire)
+
+    async def handle_response(self, response: Response) -> None:
+        """Run the handler that fits: `on_error` if the response carries an error, else `on_success`.
+
+        A plain function runs in a thread, so it may block; a coroutine function on the event loop.
+        """
+        handler = self.on_success if response.error is None else self.on_error
+        if handler is not None:
+            await handlers.run(handler, self, response)
+
+
+class Response(msgspec.Struct, frozen=True):
+    """The answer to a request, and the form of every acknowledgement.
+
+    `result` is any JSON value (msgspec.Raw when decoded), `error` None or an AcommError. The two
+    exclude each other.
+    """
+
+    id: str
+    result: Any = None
+    error: AcommError | None = None
+    stream_url: str | None = None
+    extended: bool = False
+
+    def __post_init__(self) -> None:
+        if self.error is not None and self.result is not None:
+            raise ValueError("a response carries a result or an error, not both")
+        if self.error is not None and not isinstance(self.error, AcommError):
+            raise TypeError(f"error must be an AcommError, not {type(self.error).__name__}")
+
+    @classmethod
+    def to(
+        cls,
+        request: Request,
+        result: Any = None,
+        error: AcommError | str | None = None,
+        stream_url: str | None = None,
+    ) -> Response:
+        """The response to `request`; an error may be given as its text."""
+        if isinstance(error, str):
+            error = AcommError(error) if error else None
+        return cls(request.id, result, error, stream_url, request.extended)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Response:
+        """Read a response or acknowledgement of any generation. Raises BadRequest."""
+        fields = jsontext.object_fields(data, _response_keys, "response")
+        get = _folded(fields, _response_keys, "response").get
+        text = _text(get("error"), "error")
+        error = None
+        if text:
+            info = get("error_info")
+            details = None if info is None else jsontext.parse_as(_anything, info, "error_info")
+            error = from_wire(text, details if isinstance(details, dict) else None)
+        result = get("result")
+        if result is not None:
+            jsontext.check_value(result, "result")
+            if bytes(result) == b"null":
+                result = None
+        stream = get("streamurl") or get("stream_url")
+        response = cls(
+            _text(get("id"), "id"), None, error, urls.decode(stream, "stream URL"), _asked(get("acomm"))
+        )
+        # A peer may send both; like the original we then handle the error and keep the result.
+        msgspec.structs.force_setattr(response, "result", result)
+        return response
+
+    def encode(self, wire: int = 3, *, extended: bool = False) -> bytes:
+        """The response in generation `wire`; `extended` adds `error_info` and `"acomm": 1`."""
+        _check_generation(wire)
+        result = b"null" if self.result is None else jsontext.encode(self.result, "result")
+        body = b'{"error":%b,"id":%b,"result":%b' % (_error_text(self.error), _quote(self.id), result)
+        if wire == 2:
+            body += b',"stream_url":%b' % urls.encode(self.stream_url)
+        elif wire == 3:
+            body += b',"streamURL":%b' % urls.encode(self.stream_url)
+        if not extended:
+            return body + b"}"
+        if self.error is not None:
+            body += b',"error_info":%b' % _safe_json(self.error.info())
+        return body + b',"acomm":1}'
+
+    def result_as(self, type: type[T]) -> T:
+        """The result as `type`; raises the response's error if it carries one, BadRequest if it does
+        not fit.
+        """
+        if self.error is not None:
+            raise self.error
+        return _as(self.result, type, "result")
+
+
+class Transport(Protocol):
+    """Sends a payload to a URL in a generation, returns when it is acknowledged."""
+
+    def __call__(self, url: str, payload: Response, wire: int) -> Awaitable[None]: ...
+
+
+# Messages lie below everything that does I/O, so what `respond` sends through is put in from above.
+_transport: Transport | None = None
+
+
+def set_transport(transport: Transport) -> None:
+    global _transport
+    _transport = transport
+
+
+def ok_ack(id_json: bytes, wire: int, extended: bool) -> bytes:
+    """The acknowledgement of a message that was taken; `id_json` is its id as JSON text."""
+    key = b"stream_url" if wire == 2 else b"streamURL"
+    tail = b',"acomm":1}' if extended else b"}"
+    return b'{"error":"","id":%b,"result":null,"%b":null%b' % (id_json, key, tail)
+
+
+def salvage(data: bytes, *, raw: bool = False) -> tuple[str, int, bool, str | None]:
+    """What can be read of a request that did not decode: its id, generation, whether it asked for
+    extensions, and its hook; so that the refusal reaches the right place in the right spelling.
+    """
+    try:
+        fields = jsontext.object_fields(data, frozenset(), "request")
+    except BadRequest:
+        return "", 1 if raw else 2, False, None
+    wire = 1 if raw else 2 if _generation_3_keys.isdisjoint(fields) else 3
+    folded = {name.casefold(): raw for name, raw in fields.items()}
+    try:
+        id = _text(folded.get("id"), "id")
+        _check_name("id", id, MAX_ID)
+    except BadRequest:
+        id = ""
+    try:
+        hook = urls.decode(folded.get("responsehook"), "response hook")
+    except BadRequest:
+        hook = None
+    extended = "acomm" in folded and bytes(folded["acomm"]) == b"1"
+    return id, wire, extended, hook
+
+
+def _folded(fields: dict[str, msgspec.Raw], known: frozenset[str], what: str) -> dict[str, msgspec.Raw]:
+    folded = {_fold.get(name) or name.casefold(): raw for name, raw in fields.items()}
+    if len(folded) < len(fields):
+        names = [name.casefold() for name in fields]
+        for name in known:
+            if names.count(name) > 1:
+                raise BadRequest(f"{what} has the key {name!r} twice")
+    return folded
+
+
+_fold = {
+    name: name.casefold()
+    for name in (
+        "id task args responseHook responsehook taskURL streamURL acomm timeout priority handlers "
+        "error result stream_url error_info"
+    ).split()
+}
+
+
+def _text(raw: msgspec.Raw | None, what: str) -> str:
+    if raw is None:
+        return ""
+    return _value(_string, raw, what) or ""
+
+
+def _value(decoder: msgspec.json.Decoder[T], raw: msgspec.Raw | None, what: str) -> T:
+    if raw is None:
+        return cast(T, None)
+    try:
+        return decoder.decode(raw)
+    except jsontext.INVALID as error:
+        # msgspec names a wrong type by what it expected; the lists of alternatives read badly.
+        reason = jsontext.why_invalid(error, memoryview(raw)).replace(" | null", "").replace("`", "")
+        raise BadRequest(f"{what}: {reason}") from None
+
+
+def _asked(raw: msgspec.Raw | None) -> bool:
+    return raw is not None and bytes(raw) == b"1"
+
+
+def _check_name(what: str, value: str, limit: int) -> None:
+    if not value:
+        raise BadRequest(f"missing {what}")
+    if len(value) > limit:
+        raise BadRequest(f"{what} is longer than {limit} characters")
+    if not value.isprintable():
+        raise BadRequest(f"{what} holds control characters: {printable(value)}")
+
+
+def _check_generation(wire: int) -> None:
+    if wire not in GENERATIONS:
+        raise ValueError(f"wire must be 1, 2 or 3, not {wire!r}")
+
+
+def _as(value: Any, type: type[T], what: str) -> T:
+    raw = value if isinstance(value, msgspec.Raw) else jsontext.encode(value, what)
+    return jsontext.parse_as(msgspec.json.Decoder(type), memoryview(raw), what)
+
+
+def _error_text(error: AcommError | None) -> bytes:
+    if error is None:
+        return b'""'
+    # An empty text means success to every peer, so an error always has some.
+    return _safe_json(str(error) or error.type or error.code)
+
+
+def _safe_json(value: Any) -> bytes:
+    """JSON of texts that may hold lone surrogates, as exception messages do."""
+    try:
+        return _quote(value)
+    except UnicodeEncodeError:
+        return _quote(_replaced(value))
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_replaced(key): _replaced(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item) for item in value]
+    return value

@@ -1,0 +1,155 @@
+"""Claiming a path for a unix socket: safely, and from nobody who is alive.
+
+asyncio, uvloop and ZeroMQ all bind over a socket file without asking whether somebody serves it. Here
+a path is claimed by an exclusive `flock` on `PATH.lock`, and by asking the socket itself, as programs
+that know nothing of the lock may own it. What a dead owner left behind is taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from acomm.errors import AddressInUse, ConfigError, printable
+from acomm.urls import MAX_UNIX_PATH
+
+BACKLOG = 4096
+
+
+def runtime_folder() -> Path:
+    """Where sockets go by default: `$XDG_RUNTIME_DIR/acomm`, else `/tmp/acomm-<uid>`."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "acomm" if base else Path(f"/tmp/acomm-{os.getuid()}")
+
+
+def private_path(prefix: str) -> str:
+    """A new path in the runtime folder, which is made if need be; nobody else can guess the name."""
+    folder = runtime_folder()
+    check_folder(folder)
+    return str(folder / f"{prefix}-{os.getpid()}-{secrets.token_hex(6)}.sock")
+
+
+def check_folder(folder: Path) -> None:
+    """Make `folder` (0700) if it is missing; refuse one where somebody else could swap our socket.
+
+    Raises ConfigError. An existing folder is never chmodded: it is its owner's.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from None
+    info = folder.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise ConfigError(f"{folder} is not a folder")
+    if info.st_uid not in (0, os.getuid()):
+        raise ConfigError(f"the folder {folder} belongs to uid {info.st_uid}, not to you or root")
+    others_write = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if others_write and not info.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"others can write to the folder {folder} (mode {stat.S_IMODE(info.st_mode):o}): "
+            "choose a folder of your own, or chmod it to 700"
+        )
+
+
+@dataclass
+class BoundSocket:
+    """A listening socket, and what it takes to give its path back."""
+
+    socket: socket.socket
+    path: str
+    lock: int
+    inode: int
+
+    def release(self) -> None:
+        """Close the socket and remove its file, unless another has taken its place."""
+        self.socket.close()
+        try:
+            if os.stat(self.path, follow_symlinks=False).st_ino == self.inode:
+                os.unlink(self.path)
+        except OSError:
+            pass  # gone already, or in a folder that is
+        _unlock(self.path, self.lock)
+
+
+def bind(path: str, mode: int = 0o600) -> BoundSocket:
+    """Listen at `path`.
+
+    Raises AddressInUse when somebody serves it or it is not a socket; ConfigError when the path is too
+    long or its folder is not fit.
+    """
+    path = os.path.abspath(path)
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:
+        raise ConfigError(
+            f"the socket path is {len(os.fsencode(path))} bytes long, the kernel takes "
+            f"{MAX_UNIX_PATH}: {printable(path)}"
+        )
+    check_folder(Path(path).parent)
+    lock = _lock(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _remove_dead(path)
+        # The file is born with the mode of the socket's own inode, so there is no wider moment.
+        os.fchmod(sock.fileno(), mode & 0o700)
+        sock.bind(path)
+        if mode & 0o077:
+            os.chmod(path, mode)
+        sock.listen(BACKLOG)
+        return BoundSocket(sock, path, lock, os.stat(path, follow_symlinks=False).st_ino)
+    except OSError as error:
+        sock.close()
+        _unlock(path, lock)
+        if isinstance(error, AddressInUse):
+            raise
+        raise ConfigError(f"cannot listen at {printable(path)}: {error.strerror}") from None
+
+
+def _lock(path: str) -> int:
+    name = path + ".lock"
+    while True:
+        try:
+            lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot open {printable(name)}: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise AddressInUse(f"{printable(path)} is in use by a running service") from None
+        # Its last owner may have removed the file between our open and our lock.
+        try:
+            if os.stat(name).st_ino == os.fstat(lock).st_ino:
+                return lock
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+
+
+def _unlock(path: str, lock: int) -> None:
+    with contextlib.suppress(OSError):  # gone already, or in a folder that is
+        os.unlink(path + ".lock")
+    os.close(lock)
+
+
+def _remove_dead(path: str) -> None:
+    try:
+        info = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(info.st_mode):
+        raise AddressInUse(f"{printable(path)} exists and is not a socket; it was left as it is")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        outcome = probe.connect_ex(path)
+    if outcome != errno.ECONNREFUSED:
+        raise AddressInUse(f"{printable(path)} is in use by a running service")
+    if info.st_uid not in (0, os.getuid()):
+        raise AddressInUse(f"{printable(path)} was left by uid {info.st_uid}; remove it first")
+    os.unlink(path)

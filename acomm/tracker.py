@@ -1,0 +1,355 @@
+"""Tracker: which requests are on their way, and what happens when their answers come.
+
+    call ----- request --> service            the request's hook is our own socket
+      |                       |
+      +-- track(id, timeout)  |
+                              v
+    handlers <- table <- response, over our own UnixListener
+
+A response takes its request off the table, so exactly one outcome reaches the handlers: the response,
+or the timeout, whichever is first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+import msgspec
+
+from acomm import handlers
+from acomm.channel import DEFAULT_TIMEOUT, Channels, Outgoing
+from acomm.deadlines import Deadlines
+from acomm.delivery import Delivery
+from acomm.errors import AcommError, BadRequest, CallTimeout, Conflict, ConnectionLost, printable
+from acomm.listener import Connection, UnixListener
+from acomm.messages import Handler, Request, Response, ok_ack
+from acomm.transport import Done
+from acomm.urls import unix_path
+
+log = logging.getLogger("acomm.tracker")
+
+HANDLER_WAIT = 30.0
+"""Seconds that a response's way to its hook waits for the request's handler."""
+
+_response_acks = {
+    (wire, extended): ok_ack(b'""', wire, extended) for wire in (2, 3) for extended in (False, True)
+}
+
+
+class _TimedOut(CallTimeout):
+    """Our own timer's verdict, told apart from a `timeout` that the service answers."""
+
+
+class Tracked:
+    """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook."""
+
+    __slots__ = ("proxied", "request", "resolve")
+
+    def __init__(self, request: Request, proxied: bool, resolve: Callable[[Response], None] | None) -> None:
+        self.request = request
+        self.proxied = proxied
+        self.resolve = resolve
+
+
+class Tracker:
+    """Matches responses to requests by their id, and runs the requests' handlers.
+
+    It listens at `socket_path` (None: a private one of its own) for responses; `url` is the hook to
+    put into requests. `default_timeout` is in seconds. `wire` is the generation that it speaks first.
+    Handlers that are plain functions run in threads of `executor` (None: the event loop's own).
+    """
+
+    def __init__(
+        self,
+        socket_path: str | os.PathLike[str] | None = None,
+        *,
+        default_timeout: float = 60.0,
+        wire: int = 3,
+        ack_timeout: float = DEFAULT_TIMEOUT,
+        executor: Executor | None = None,
+    ) -> None:
+        if not 0 < default_timeout <= math.inf:
+            raise ValueError(f"default_timeout must be a positive number of seconds, not {default_timeout}")
+        if wire not in (1, 2, 3):
+            raise ValueError(f"wire must be 1, 2 or 3, not {wire!r}")
+        self.default_timeout = default_timeout
+        self.wire = wire
+        self.channels = Channels(timeout=ack_timeout)
+        self.delivery = Delivery(self.channels)
+        self.handler_errors = 0
+        self._listener = UnixListener(socket_path, on_message=self._message)
+        self._executor = executor
+        self._table: dict[str, Tracked] = {}
+        self._deadlines: Deadlines[str] = Deadlines()
+        self._timer: asyncio.TimerHandle | None = None
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._started = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __repr__(self) -> str:
+        state = self._listener.path if self._started else "stopped"
+        return f"<Tracker {state}, {len(self._table)} requests>"
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    @property
+    def addr(self) -> str:
+        """The path of the response socket."""
+        return self._listener.addr
+
+    @property
+    def url(self) -> str:
+        """The URL of the response socket: the response hook of tracked requests."""
+        return self._listener.url
+
+    @property
+    def num_requests(self) -> int:
+        """How many requests are tracked."""
+        return len(self._table)
+
+    async def start(self) -> None:
+        """Begin to listen for responses. Raises AddressInUse or ConfigError."""
+        await self._listener.start()
+        self._started = True
+
+    async def stop(self, timeout: float | None = None) -> None:
+        """Track no more; wait, at most `timeout` seconds (None: until the last has its answer or has
+        timed out), for what is tracked; then close. What is left gets a ConnectionLost response.
+        """
+        self._started = False
+        if self._table and (timeout is None or timeout > 0):
+            try:
+                await asyncio.wait_for(self._empty.wait(), timeout)
+            except TimeoutError:
+                log.warning("stopping with %d requests unanswered", len(self._table))
+        for id in list(self._table):
+            self.settle(Response(id, error=ConnectionLost("the tracker was stopped")))
+        if self._finishing:
+            await asyncio.wait(self._finishing, timeout=HANDLER_WAIT)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.delivery.stop()
+        await self._listener.stop(0)
+        await self.channels.close()
+
+    async def __aenter__(self) -> Tracker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: object, *rest: object) -> None:
+        await self.stop(None if kind is None else 0)
+
+    # -- the table ----------------------------------------------------------------------------------
+
+    def track_request(self, request: Request, timeout: float | None = None) -> Done[None]:
+        """Expect the response to `request` within `timeout` seconds (None: the default timeout); at the
+        timeout its error handler runs with a CallTimeout. It acts at once; awaiting it is optional.
+
+        Raises Conflict when the id is tracked already, RuntimeError when the tracker is not running.
+        """
+        self.track(request, self.default_timeout if timeout is None else timeout)
+        return Done(None)
+
+    def track(
+        self,
+        request: Request,
+        timeout: float = math.inf,
+        *,
+        proxied: bool = False,
+        resolve: Callable[[Response], None] | None = None,
+    ) -> None:
+        """As `track_request`, for services: `resolve(response)` is told the response after the handlers
+        have run; `proxied` posts it to the request's hook.
+        """
+        if not self._started:
+            raise RuntimeError("the tracker is not running: start it first")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+        if request.id in self._table:
+            raise Conflict(f"the request id {printable(request.id)} is already tracked")
+        self._table[request.id] = Tracked(request, proxied, resolve)
+        self._empty.clear()
+        if timeout != math.inf:
+            when = asyncio.get_running_loop().time() + timeout
+            self._deadlines.set(request.id, when)
+            if self._timer is None or when < self._timer.when():
+                self._set_timer(when)
+
+    def remove_request(self, request: Request | str) -> Done[bool]:
+        """Forget a request (or an id); its handlers will not run. Whether it was tracked."""
+        id = request if isinstance(request, str) else request.id
+        return Done(self._take(id) is not None)
+
+    def tracked(self, id: str) -> Request | None:
+        """The request tracked under `id`."""
+        entry = self._table.get(id)
+        return entry.request if entry is not None else None
+
+    def _take(self, id: str) -> Tracked | None:
+        entry = self._table.pop(id, None)
+        if entry is not None:
+            self._deadlines.discard(id)
+            if not self._table:
+                self._empty.set()
+        return entry
+
+    def _set_timer(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(when, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        for id in self._deadlines.expired(asyncio.get_running_loop().time()):
+            self.settle(Response(id, error=_TimedOut("no response in time")))
+        when = self._deadlines.next()
+        if when is not None:
+            self._set_timer(when)
+
+    # -- responses ----------------------------------------------------------------------------------
+
+    async def handle_response(self, response: Response) -> None:
+        """Take the request of `response` off the table and run its handlers; returns when they have
+        run. A response to a request that is not tracked is logged and dropped.
+        """
+        task = self.settle(response)
+        if task is not None:
+            await asyncio.shield(task)
+
+    def settle(self, response: Response) -> asyncio.Task[None] | None:
+        """`handle_response` without waiting: the task that runs the handlers, if there are any."""
+        entry = self._take(response.id)
+        if entry is None:
+            log.debug("no request is tracked for the response %s", printable(response.id))
+            return None
+        request = entry.request
+        if (
+            request.handlers is None
+            and (request.on_success if response.error is None else request.on_error) is None
+        ):
+            self._pass_on(entry, response)
+            return None
+        task = asyncio.get_running_loop().create_task(self._handle(entry, response))
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        return task
+
+    async def _handle(self, entry: Tracked, response: Response) -> None:
+        running = asyncio.get_running_loop().create_task(self._run_handlers(entry.request, response))
+        done, _ = await asyncio.wait({running}, timeout=HANDLER_WAIT)
+        if not done:
+            log.warning("a handler of %s runs for over %g s", printable(entry.request.id), HANDLER_WAIT)
+        self._pass_on(entry, response)
+        if not done:
+            await running
+
+    async def _run_handlers(self, request: Request, response: Response) -> None:
+        try:
+            for handler in self._handlers_of(request, response):
+                await handlers.run(handler, request, response, executor=self._executor)
+        except Exception:
+            self.handler_errors += 1
+            log.exception("a handler of task %s failed", printable(request.task))
+
+    def _handlers_of(self, request: Request, response: Response) -> list[Handler]:
+        succeeded = response.error is None
+        handler = request.on_success if succeeded else request.on_error
+        found = [] if handler is None else [handler]
+        pickled = request.handlers and (request.handlers.success if succeeded else request.handlers.error)
+        if pickled:
+            found.append(lambda request, response: handlers.load(pickled)(request, response))
+        return found
+
+    def _pass_on(self, entry: Tracked, response: Response) -> None:
+        request = entry.request
+        if entry.resolve is not None:
+            entry.resolve(response)
+        if entry.proxied and request.response_hook is not None:
+            self.delivery.post(request.response_hook, response, request.wire)
+
+    def _message(self, conn: Connection, data: bytes) -> None:
+        """A response has come in at our socket: acknowledge it, then settle it."""
+        try:
+            response = Response.decode(data)
+        except BadRequest as error:
+            if not conn.raw:
+                conn.write_message(Response("", error=error).encode(3))
+            return
+        if not conn.raw:
+            wire = 2 if b'"stream_url"' in data else 3
+            conn.write_message(_response_acks[wire, response.extended])
+        try:
+            self.settle(response)
+        except Exception:
+            log.exception("the response %s could not be handled", printable(response.id))
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    async def proxy_unix(self, request: Request, timeout: float | None = None) -> Request:
+        """A request for local services, whose answer comes back through this tracker.
+
+        A request with a unix hook is returned as it is. Else it is tracked, and the request returned
+        is the same with our own hook; the response is then passed on to the original hook.
+        """
+        if request.response_hook is None or unix_path(request.response_hook) is not None:
+            return request
+        self.track(request, self.default_timeout if timeout is None else timeout, proxied=True)
+        return msgspec.structs.replace(request, response_hook=self.url, on_success=None, on_error=None)
+
+    async def call(self, url: str, request: Request, timeout: float | None = None) -> Response:
+        """Send `request` to the service at `url` and wait for its response.
+
+        The response hook is set to our own unless the request has one. Raises the error of a refused
+        acknowledgement, ConnectionLost, or CallTimeout after `timeout` seconds (None: the request's own
+        timeout and a moment more, else the default). A response that carries an error is returned.
+        """
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        id = self.post(url, request, answer, timeout)
+        try:
+            response = await answer
+        finally:
+            if not answer.done() or answer.cancelled():
+                self._take(id)
+        if isinstance(response.error, _TimedOut | ConnectionLost):
+            raise response.error
+        return response
+
+    def post(
+        self, url: str, request: Request, answer: asyncio.Future[Response], timeout: float | None = None
+    ) -> str:
+        """Send `request` and have `answer` resolved with its response, or with the error of a refused
+        acknowledgement. Returns the id.
+        """
+        if request.response_hook is None:
+            request = msgspec.structs.replace(request, response_hook=self.url)
+        if timeout is None:
+            timeout = self.default_timeout if request.timeout is None else request.timeout + 1.0
+        payload = request.encode(self.wire, extended=self.wire > 1)
+        id = request.id
+
+        def resolve(response: Response) -> None:
+            if not answer.done():
+                answer.set_result(response)
+
+        def acknowledged(error: AcommError | None) -> None:
+            if error is not None and self._take(id) is not None and not answer.done():
+                answer.set_exception(error)
+
+        self.track(request, timeout, resolve=resolve)
+        expected = ok_ack(msgspec.json.encode(id), self.wire, True)
+        try:
+            self.channels.post(
+                url,
+                Outgoing(payload, acknowledged, wire=self.wire, extended=self.wire > 1, expected=expected),
+            )
+        except BaseException:
+            self._take(id)
+            raise
+        return id

@@ -1,0 +1,157 @@
+"""URLs: plain strings in Python, Go `url.URL` objects on the wire.
+
+In Python a URL is a string. `unix://` is followed by the path as it stands, never percent-encoded.
+On the wire it is the object that Go's encoding/json makes of a `net/url.URL`; its eleven members
+come and go with Go's versions and change their order, so they are read by name, in any case, and a
+missing one is empty.
+
+What Go dials for a unix URL is `RequestURI()`: `Opaque` as it stands, else the escaped path, with the
+query behind a question mark. Paths that Go would escape (spaces, `#`, non-ASCII) therefore cannot be
+reached through `Path`; we put those in `Opaque`, which Go leaves alone.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+import msgspec
+
+from acomm.errors import BadRequest, printable
+
+HOOK_SCHEMES = frozenset({"unix", "http", "https"})
+MAX_URL = 8192
+MAX_UNIX_PATH = 107
+"""Bytes; the kernel's `sun_path` holds 108 with the closing NUL."""
+
+_go_path_safe = "/$&+,:;=@!~*'()"  # what Go's EscapedPath leaves alone, besides letters and digits
+_plain_unix_path = re.compile(r"[A-Za-z0-9/._~$&+,:;=@-]*")
+_empty: dict[str, Any] = {
+    "Scheme": "",
+    "Opaque": "",
+    "User": None,
+    "Host": "",
+    "Path": "",
+    "RawPath": "",
+    "OmitHost": False,
+    "ForceQuery": False,
+    "RawQuery": "",
+    "Fragment": "",
+    "RawFragment": "",
+}
+_types: dict[str, tuple[str, type]] = {
+    name.lower(): (name, dict if value is None else type(value)) for name, value in _empty.items()
+}
+
+
+def unix_url(path: str) -> str:
+    """The URL of the unix socket at `path`."""
+    return "unix://" + path
+
+
+def unix_path(url: str) -> str | None:
+    """The socket's path if `url` is a unix URL, else None."""
+    return url[7:] if url.startswith("unix://") else None
+
+
+def scheme_of(url: str) -> str:
+    return url.partition(":")[0].lower()
+
+
+def check(url: str, what: str) -> None:
+    """Refuse a URL that nothing can be sent to. Raises BadRequest, naming `what`."""
+    if len(url) > MAX_URL:
+        raise BadRequest(f"{what} is longer than {MAX_URL} characters")
+    if not url.isprintable():
+        raise BadRequest(f"{what} holds control characters: {printable(url)}")
+    path = unix_path(url)
+    if path is not None:
+        if not path.startswith("/"):
+            raise BadRequest(f"{what} needs an absolute socket path, not {printable(url)}")
+        if len(path.encode()) > MAX_UNIX_PATH:
+            raise BadRequest(
+                f"{what}: the socket path is longer than {MAX_UNIX_PATH} bytes: {printable(url)}"
+            )
+        return
+    if scheme_of(url) not in HOOK_SCHEMES:
+        raise BadRequest(f"{what} has an unknown scheme: {printable(url)}; known: unix, http, https")
+    parts = _split(url, what)
+    if not parts.hostname:
+        raise BadRequest(f"{what} has no host: {printable(url)}")
+    if parts.username is not None or parts.password is not None:
+        raise BadRequest(f"{what} holds credentials, which do not travel in a Go URL object")
+
+
+def _split(url: str, what: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # parsed on access
+    except ValueError as error:
+        raise BadRequest(f"{what} is not a URL: {printable(url)} ({error})") from None
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def encode(url: str | None) -> bytes:
+    """`url` as the JSON of a Go URL object (members in Go 1.19's order); None gives `null`."""
+    if url is None:
+        return b"null"
+    members = dict(_empty)
+    path = unix_path(url)
+    if path is not None:
+        members["Scheme"] = "unix"
+        members["Path" if _plain_unix_path.fullmatch(path) else "Opaque"] = path
+        return msgspec.json.encode(members)
+    parts = _split(url, "the URL")
+    decoded = unquote(parts.path)
+    members["Scheme"] = parts.scheme
+    members["User"] = {} if "@" in parts.netloc else None
+    members["Host"] = parts.netloc.rpartition("@")[2]
+    members["Path"] = decoded
+    members["RawPath"] = "" if quote(decoded, safe=_go_path_safe) == parts.path else parts.path
+    members["RawQuery"] = parts.query
+    return msgspec.json.encode(members)
+
+
+def decode(raw: msgspec.Raw | None, what: str) -> str | None:
+    """The URL of a Go URL object or a plain string; None for `null` or nothing. Raises BadRequest."""
+    return None if raw is None else _decode(bytes(raw), what)
+
+
+@lru_cache(maxsize=1024)
+def _decode(data: bytes, what: str) -> str | None:
+    if len(data) > 6 * MAX_URL:
+        raise BadRequest(f"{what} is longer than {6 * MAX_URL} bytes")
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadRequest(f"{what}: {error}") from None
+    if value is None or value == "":
+        return None
+    if isinstance(value, dict):
+        value = _from_members(value, what)
+    if not isinstance(value, str):
+        raise BadRequest(f"{what} must be a URL object, not {type(value).__name__}")
+    check(value, what)
+    return value
+
+
+def _from_members(members: dict[str, Any], what: str) -> str:
+    url = dict(_empty)
+    for key, value in members.items():
+        name, kind = _types.get(key.lower(), (key, object))
+        if value is not None and not isinstance(value, kind):
+            raise BadRequest(f"{what}: {name} must be {kind.__name__}, not {type(value).__name__}")
+        if value is not None:
+            url[name] = value
+    scheme = url["Scheme"].lower()
+    query = f"?{url['RawQuery']}" if url["RawQuery"] else ""
+    if scheme == "unix":
+        # RawPath, where Go sets it, is the text that the listener's owner wrote.
+        return unix_url((url["Opaque"] or url["RawPath"] or url["Path"]) + query)
+    if url["Opaque"]:
+        return f"{scheme}:{url['Opaque']}{query}"
+    path = url["RawPath"] or quote(url["Path"], safe=_go_path_safe)
+    return f"{scheme}://{url['Host']}{path}{query}"

@@ -1,0 +1,387 @@
+"""Which tasks are served: the `@task` decorator, and the registry that collects what it marked.
+
+There is no global registry. `@task` returns a `Task`, which is still the function when called;
+`Registry.from_modules` imports the modules that it is given and takes the tasks that it finds in
+them, checking once, at start, whatever can be checked then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+import random as random_module
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from workers.errors import ConfigError, TaskError, TooLarge, printable
+from workers.signature import Bound, Parameters, RawArgs, encode_json
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RESERVED = "acomm."
+"""Names that begin so are the supervisor's own verbs (`acomm.stats`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """When to try a call again: `times` more after it raised one of `on`, `crashes` more after its
+    worker died.
+
+    The pause before a further attempt is `backoff` seconds, doubled each time up to `max_backoff`;
+    `jitter` spreads it, so that calls which failed together do not come back together.
+    """
+
+    times: int
+    backoff: float = 0.5
+    max_backoff: float = 60
+    jitter: bool = True
+    on: tuple[type[Exception], ...] = (Exception,)
+    crashes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("times", "crashes"):
+            value = getattr(self, field)
+            if not _is_int(value) or value < 0:
+                raise ValueError(f"{field} must be a whole number, 0 or more, not {value!r}")
+        for field in ("backoff", "max_backoff"):
+            value = getattr(self, field)
+            if not _is_seconds(value) or value < 0:
+                raise ValueError(f"{field} must be seconds, 0 or more, not {value!r}")
+        given: Any = self.on
+        on = (given,) if isinstance(given, type) else tuple(given)
+        if not all(isinstance(cls, type) and issubclass(cls, Exception) for cls in on):
+            raise ValueError(f"on must be exception classes, not {self.on!r}")
+        object.__setattr__(self, "on", on)
+
+    def delay(self, attempt: int, random: Callable[[], float] = random_module.random) -> float:
+        """Seconds to wait after `attempt` failed attempts (1, 2, ...); with jitter, half of the pause
+        at least and all of it at most."""
+        # Beyond 2**62 any pause is max_backoff, and a larger exponent would overflow the float.
+        pause = min(float(self.max_backoff), self.backoff * 2.0 ** min(max(attempt, 1) - 1, 62))
+        return pause * (0.5 + 0.5 * random()) if self.jitter else pause
+
+
+class Task(Generic[P, R]):
+    """A function that can be called by name from other processes; here it is called as ever.
+
+    `name` is what callers send, `function` what runs, `module` where it is imported from,
+    `location` where it is written ("app/tasks.py:12"). `timeout` is in seconds per attempt. Made by
+    `@task`, which explains the rest.
+    """
+
+    def __init__(
+        self,
+        function: Callable[P, R],
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        retry: Retry | None = None,
+    ) -> None:
+        _check_function(function)
+        # First, as it copies the function's own attributes, which must not replace ours.
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.name = _checked_name(getattr(function, "__name__", "") if name is None else name)
+        if timeout is not None and (not _is_seconds(timeout) or timeout <= 0):
+            raise ValueError(f"task {self.name}: timeout must be seconds above 0, not {timeout!r}")
+        if not _is_int(priority):
+            raise ValueError(f"task {self.name}: priority must be a whole number, not {priority!r}")
+        if retry is not None and not isinstance(retry, Retry):
+            raise ValueError(f"task {self.name}: retry must be a Retry, not {retry!r}")
+        self.timeout = timeout
+        self.priority = priority
+        self.retry = retry
+        self.is_coroutine = inspect.iscoroutinefunction(function)
+        self.module: str = getattr(function, "__module__", None) or "?"
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        self.location = _place(code.co_filename, code.co_firstlineno) if code else self.module
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name} {self.location}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # By reference, as functions are. The plain function could not be: its name leads to us.
+        found: Any = sys.modules.get(self.module)
+        for part in self.__qualname__.split(".") if hasattr(self, "__qualname__") else ():
+            found = getattr(found, part, None)
+        if found is self:
+            return str(self.__qualname__)
+        return _rebuild, (self.function, self.name, self.timeout, self.priority, self.retry)
+
+    @functools.cached_property
+    def parameters(self) -> Parameters:
+        """What the type hints say. Lazy, as a hint may name what the module defines further down.
+
+        Raises ConfigError for hints that do not resolve or that JSON cannot express.
+        """
+        return Parameters(self.function, self.name, self.location)
+
+    def bind(self, raw: RawArgs) -> Bound:
+        """The arguments to call `function` with, from JSON: an object gives keywords, an array
+        positions, null or nothing none, any other value one position. A single parameter that is a
+        Struct, dataclass or TypedDict takes the whole object.
+
+        Raises BadArgs with one line that names task, parameter and fault.
+        """
+        return self.parameters.bind(raw)
+
+    def check_args(self, raw: RawArgs) -> None:
+        """Raises BadArgs unless `bind` would succeed."""
+        self.parameters.bind(raw)
+
+    def encode_args(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """The JSON arguments of the call `task(*args, **kwargs)`, for a caller that holds the task.
+
+        Raises TypeError where Python would, and for a value that JSON cannot express.
+        """
+        return self.parameters.encode(args, kwargs)
+
+    def decode_result(self, raw: RawArgs) -> Any:
+        """The result as the return hint types it; plain JSON where there is no usable hint.
+
+        Raises TaskError if the task returned something else than its hint says.
+        """
+        data = b"null" if raw is None else raw
+        try:
+            return self.parameters.result_decoder.decode(data)
+        except Exception as error:
+            raise TaskError(
+                f"task {self.name}: the result is not what its hint says: {printable(error)}",
+                type=type(error).__name__,
+            ) from error
+
+    def schema(self) -> dict[str, Any]:
+        """What a caller must know, JSON-encodable: arguments and result as JSON Schema."""
+        doc = (inspect.getdoc(self.function) or "").strip()
+        return {
+            "name": self.name,
+            "doc": doc.partition("\n")[0],
+            "module": self.module,
+            "args": self.parameters.args_schema(),
+            "result": self.parameters.result_schema(),
+            "timeout": self.timeout,
+            "priority": self.priority,
+        }
+
+
+@overload
+def task(function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+@overload
+def task(
+    *,
+    name: str | None = None,
+    timeout: float | None = None,
+    priority: int = 0,
+    retry: Retry | None = None,
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+
+def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+    """Marks a function as one that callers may run by name: `@task` or `@task(timeout=5)`.
+
+    `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
+    worker starts it; of waiting calls those of higher `priority` run first; `retry` says when to try
+    again. Raises ValueError for a bad value, TypeError for what cannot be a task.
+    """
+    if function is None:
+        return functools.partial(_decorate, options)
+    return _decorate(options, function)
+
+
+def _decorate(options: dict[str, Any], function: Callable[..., Any]) -> Task[..., Any]:
+    return Task(function, **options)
+
+
+def encode_result(value: Any, limit: int) -> bytes:
+    """A task's result as JSON of at most `limit` bytes.
+
+    Raises TypeError, saying where, for what JSON cannot express; TooLarge beyond the limit.
+    """
+    data = encode_json(value, "result")
+    if len(data) > limit:
+        raise TooLarge(f"the result has {len(data)} bytes, more than the limit of {limit}")
+    return data
+
+
+class Registry(Mapping[str, Task[..., Any]]):
+    """The tasks that are served, by name, in the order of their names.
+
+    `modules` are the import names that they came from and `paths` the folders that must be on
+    `sys.path`, the first foremost, for another process to import the same.
+    Raises ConfigError for two tasks of one name and for hints that cannot be served.
+    """
+
+    def __init__(
+        self, tasks: Iterable[Task[..., Any]] = (), modules: Iterable[str] = (), paths: Iterable[str] = ()
+    ) -> None:
+        self.modules = tuple(modules)
+        self.paths = tuple(paths)
+        found: dict[str, Task[..., Any]] = {}
+        for item in tasks:
+            other = found.setdefault(item.name, item)
+            if other is not item:
+                raise ConfigError(f"two tasks are named {item.name}: {other.location} and {item.location}")
+            _ = item.parameters
+        self._tasks = dict(sorted(found.items()))
+
+    @classmethod
+    def from_modules(cls, names: Iterable[str], paths: Iterable[str] = ()) -> Registry:
+        """Imports `names`, import paths (`app.tasks`) or files (`tasks.py`), and collects their tasks.
+
+        The current folder and that of each file go first on `sys.path`; before them `paths`, if
+        given, as another process's registry tells them. Raises ConfigError in one line.
+        """
+        importer = _Importer(paths)
+        modules = [importer.load(name) for name in ([names] if isinstance(names, str) else names)]
+        if not modules:
+            raise ConfigError("no module was given to take tasks from")
+        tasks = {id(item): item for module in modules for item in _tasks_of(module)}
+        return cls(tasks.values(), dict.fromkeys(module.__name__ for module in modules), importer.paths)
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """`Task.schema()` of each task, in the order of names."""
+        return [item.schema() for item in self._tasks.values()]
+
+    def __getitem__(self, name: str) -> Task[..., Any]:
+        return self._tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        return f"<Registry {len(self)} tasks: {', '.join(self)}>"
+
+
+class _Importer:
+    """Imports what the command line names, and keeps the folders it needed, the first foremost."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self.paths: list[str] = []
+        for folder in (str(Path.cwd()), *reversed(tuple(paths))):
+            self._put_first(folder)
+
+    def load(self, name: str) -> ModuleType:
+        path = Path(name).absolute() if name.endswith(".py") else None
+        if path is None:
+            return self._import(name)
+        if not path.is_file():
+            raise ConfigError(f"there is no file {printable(path)}")
+        self._put_first(str(path.parent))
+        module = self._import(path.stem)
+        loaded = getattr(module, "__file__", None)
+        if loaded is None or not path.samefile(loaded):
+            raise ConfigError(
+                f"{printable(name)}: the name {path.stem} already belongs to {loaded or 'a built-in module'};"
+                " rename the file"
+            )
+        return module
+
+    def _put_first(self, folder: str) -> None:
+        if folder in self.paths:
+            self.paths.remove(folder)
+        self.paths.insert(0, folder)
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.insert(0, folder)
+
+    def _import(self, name: str) -> ModuleType:
+        importlib.invalidate_caches()
+        try:
+            return importlib.import_module(name)
+        # A module that calls sys.exit() must not pass for a clean exit of ours.
+        except (Exception, SystemExit) as error:
+            place = _failed_at(error)
+            if place is None and isinstance(error, ModuleNotFoundError):
+                hint = "; a file is named with its .py" if "/" in name else ""
+                raise ConfigError(
+                    f"there is no module {printable(name)}; looked in {Path.cwd()} and on sys.path{hint}"
+                ) from error
+            text = error.msg if isinstance(error, SyntaxError) else str(error)
+            text = f"{type(error).__name__}: {printable(text)}" if text else type(error).__name__
+            where = f" ({place})" if place else ""
+            raise ConfigError(f"module {printable(name)} does not import: {text}{where}") from error
+
+
+def _tasks_of(module: ModuleType) -> list[Task[..., Any]]:
+    tasks = [value for value in vars(module).values() if isinstance(value, Task)]
+    if not tasks:
+        raise ConfigError(f"module {module.__name__} has no tasks; decorate its functions with @task")
+    return tasks
+
+
+def _failed_at(error: BaseException) -> str | None:
+    """Where in the user's own code an import failed; None if none of it ran."""
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        return _place(error.filename, error.lineno or 0)
+    machinery = ("<frozen", __file__, importlib.__file__)
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not frame.f_code.co_filename.startswith(machinery)
+    ]
+    libraries = tuple(
+        {f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    )
+    own = [frame for frame in frames if not frame[0].startswith((*libraries, "<"))]
+    return _place(*own[-1]) if own else _place(*frames[0]) if frames else None
+
+
+def _place(filename: str, line: int) -> str:
+    path = Path(filename)
+    try:
+        return f"{path.relative_to(Path.cwd())}:{line}"
+    except (ValueError, OSError):
+        return f"{path}:{line}"
+
+
+def _check_function(function: Any) -> None:
+    if isinstance(function, Task):
+        raise TypeError(f"{function!r} is a task already")
+    if isinstance(function, type) or not callable(function):
+        raise TypeError(f"@task takes a function, not {function!r}")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"@task does not take a generator function yet: {function.__qualname__}")
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a task must be text that is not empty, not {name!r}")
+    if not name.isprintable() or "/" in name:
+        raise ValueError(f"the name of a task must be printable and without '/': {name!r}")
+    if name == "<lambda>":
+        raise ValueError("a lambda needs a name: task(name=...)(lambda ...)")
+    if name.startswith(RESERVED):
+        raise ValueError(f"names that begin with {RESERVED!r} are reserved: {name!r}")
+    return name
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rebuild(
+    function: Callable[..., Any], name: str, timeout: float | None, priority: int, retry: Retry | None
+) -> Task[..., Any]:
+    return Task(function, name=name, timeout=timeout, priority=priority, retry=retry)

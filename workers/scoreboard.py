@@ -1,0 +1,156 @@
+"""The scoreboard: one shared-memory page, a slot per running call: what runs, since when, how far.
+
+    slot: 64 bytes, one cache line, so that workers do not slow each other down
+    +---------+-----------+----------+-----------+----------------------+
+    | call u64| start f64 | done f64 | total f64 | spare, 32 bytes      |
+    +---------+-----------+----------+-----------+----------------------+
+
+A worker writes its slot with plain stores, no message and no lock; the supervisor reads it whenever it
+likes: for time limits, for the table of what runs, and after a death, when the page outlives the worker.
+
+**Torn reads.** Each field is an aligned 8-byte store and is never seen half written; the slot as a whole
+is not atomic. `begin` stores the start before the call number and `end` clears the call number only, and
+`read` looks at the call number before and after the rest: so on x86-64, which keeps stores and loads in
+order, a call is never seen with an older start, and calls that have just changed are read again. Other
+processors may reorder the two stores; Python executes hundreds of instructions between them, so it is
+unlikely, but a time limit should be checked twice before it kills. `done` may be newer than `total`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import Any, NamedTuple
+
+SLOT_SIZE = 64
+_WORDS = SLOT_SIZE // 8
+_CALL, _STARTED, _DONE, _TOTAL = range(4)
+
+_READ_TRIES = 8
+"""A worker that changes calls between each two looks of ours runs calls of a microsecond: any will do."""
+
+
+class Slot(NamedTuple):
+    """A copy of one slot. `call` 0 is idle; `started` is CLOCK_MONOTONIC, the same in all processes."""
+
+    call: int
+    started: float
+    done: float
+    total: float
+
+
+class SlotWriter:
+    """The worker's hold on one slot; each method takes some 100 ns."""
+
+    __slots__ = ("_call", "_numbers", "_progressed")
+
+    def __init__(self, call: memoryview[int], numbers: memoryview[float]) -> None:
+        self._call = call
+        self._numbers = numbers
+        self._progressed = True
+
+    def begin(self, call: int, now: float) -> None:
+        """`call` (1 to 2**64 - 1) runs since `now`, by `time.monotonic()`."""
+        numbers = self._numbers
+        if self._progressed:
+            numbers[_DONE] = numbers[_TOTAL] = 0.0
+            self._progressed = False
+        numbers[_STARTED] = now
+        self._call[0] = call
+
+    def end(self) -> None:
+        """The call has ended. Its start and progress stay, without a meaning, until the next one."""
+        self._call[0] = 0
+
+    def progress(self, done: float, total: float = 0.0) -> None:
+        """`done` of `total` units; a total of 0 is unknown."""
+        self._progressed = True
+        numbers = self._numbers
+        numbers[_TOTAL] = total
+        numbers[_DONE] = done
+
+
+class Scoreboard:
+    """Shared memory with `slots` slots: made by `create` in the supervisor, by `attach` in a worker."""
+
+    def __init__(self, fd: int, slots: int, *, owns_fd: bool) -> None:
+        self.slots = slots
+        self.fd = fd
+        self._owns_fd = owns_fd
+        self._map = mmap.mmap(fd, _size(slots))
+        self._bytes = memoryview(self._map)
+        self._integers = self._bytes.cast("Q")
+        self._numbers: memoryview[float] = self._bytes.cast("d")
+        self._views: list[memoryview[Any]] = [self._numbers, self._integers, self._bytes]
+
+    @classmethod
+    def create(cls, slots: int) -> Scoreboard:
+        """Supervisor: a new one, all idle. `fd` is what a worker attaches to; it is close-on-exec."""
+        if slots < 1:
+            raise ValueError(f"a scoreboard needs at least one slot, not {slots}")
+        fd = os.memfd_create("acomm-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _size(slots))
+            # A worker that truncated it would kill the supervisor with SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            return cls(fd, slots, owns_fd=True)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, slots: int) -> Scoreboard:
+        """Worker: map the scoreboard of an inherited `fd`, which the caller still owns and may close."""
+        return cls(fd, slots, owns_fd=False)
+
+    def __repr__(self) -> str:
+        if not self._views:
+            return "<Scoreboard closed>"
+        running = sum(1 for slot in range(self.slots) if self.read(slot).call)
+        return f"<Scoreboard {self.slots} slots, {running} running>"
+
+    def read(self, slot: int) -> Slot:
+        """A copy of `slot`, as consistent as the module's docstring says."""
+        base = self._base(slot)
+        integers, numbers = self._integers, self._numbers
+        for _ in range(_READ_TRIES):
+            call = integers[base + _CALL]
+            found = Slot(call, numbers[base + _STARTED], numbers[base + _DONE], numbers[base + _TOTAL])
+            if integers[base + _CALL] == call:
+                break
+        return found
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` idle, for the next worker. Only when no worker writes it: the old one is dead."""
+        base = self._base(slot)
+        self._integers[base + _CALL] = 0
+        for field in (_STARTED, _DONE, _TOTAL):
+            self._numbers[base + field] = 0.0
+
+    def writer(self, slot: int) -> SlotWriter:
+        """Worker: the writer of `slot`; one writer a slot at a time."""
+        base = self._base(slot)
+        call, numbers = self._integers[base : base + 1], self._numbers[base : base + _WORDS]
+        self._views[:0] = [call, numbers]
+        return SlotWriter(call, numbers)
+
+    def close(self) -> None:
+        """Unmap it; readers and writers of this object raise ValueError from then on."""
+        if not self._views:
+            return
+        for view in self._views:
+            view.release()
+        self._views = []
+        self._map.close()
+        if self._owns_fd:
+            os.close(self.fd)
+
+    def _base(self, slot: int) -> int:
+        if not 0 <= slot < self.slots:
+            raise IndexError(f"slot {slot} of {self.slots}")
+        return slot * _WORDS
+
+
+def _size(slots: int) -> int:
+    return -(-slots * SLOT_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE
