@@ -51,12 +51,17 @@ class Peer(NamedTuple):
 
 
 class Connection(FrameProtocol):
-    """One accepted connection. `peer` is its other end; `receive` and `send` carry messages."""
+    """One accepted connection. `peer` is its other end; `receive` and `send` carry messages.
+
+    Where `on_message` is used, the connection is closed behind the acknowledgements, as the original
+    does, unless one of them granted a channel.
+    """
 
     def __init__(self, listener: UnixListener) -> None:
         super().__init__(listener.max_frame)
         self.peer = Peer(-1, -1, -1)
         self.wire = 3
+        self.granted = False
         self.waiting_since: float | None = self._loop.time()
         self._listener = listener
         self._messages: deque[bytes | Exception] = deque()
@@ -137,14 +142,21 @@ class Connection(FrameProtocol):
         if self.framer.partial:
             if self.waiting_since is None:
                 self.waiting_since = self._loop.time()
-        else:
-            self.waiting_since = None
+            return
+        self.waiting_since = None
+        if not self.granted and self._listener.on_message is not None:
+            self.finish()
 
     def framing_failed(self, error: Exception) -> None:
         if self._listener.on_message is not None:
             self.refuse(error if isinstance(error, AcommError) else BadRequest(str(error)))
         else:
             self._queue(error)
+
+    def acknowledge(self, ack: bytes, *, grants: bool) -> None:
+        """Send an acknowledgement; one that `grants` keeps the connection open for more messages."""
+        self.granted = self.granted or grants
+        self.write_message(ack)
 
     def refuse(self, error: AcommError) -> None:
         """Tell the peer why, as the acknowledgement of a message that cannot be read, and close."""

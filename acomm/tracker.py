@@ -284,7 +284,7 @@ class Tracker:
             return
         if not conn.raw:
             wire = 2 if b'"stream_url"' in data else 3
-            conn.write_message(_response_acks[wire, response.extended])
+            conn.acknowledge(_response_acks[wire, response.extended], grants=response.extended)
         try:
             self.settle(response)
         except Exception:

@@ -1,4 +1,4 @@
-"""The scoreboard: one shared-memory page, a slot per running call: what runs, since when, how far.
+"""The scoreboard: shared memory, a slot per running call: what runs, since when, how far.
 
     slot: 64 bytes, one cache line, so that workers do not slow each other down
     +---------+-----------+----------+-----------+----------------------+
