@@ -1,0 +1,92 @@
+"""What travels between supervisor and workers, and what comes of it: calls, answers, outcomes.
+
+On the ipc socket a message is msgpack: a list of Jobs one way, a list of Answers the other. Both are
+arrays, not maps, as thousands of them may ride in one message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from workers.errors import AcommError, from_wire
+
+READY = b"ready"
+"""A worker's first message."""
+
+STOP = b"stop"
+"""The supervisor's last: finish what you have, then exit."""
+
+
+class Job(msgspec.Struct, array_like=True):
+    """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share."""
+
+    number: int
+    task: str
+    args: bytes | None
+    id: str
+    attempt: int
+    deadline: float | None
+
+
+class Failure(msgspec.Struct, array_like=True):
+    """An error as a worker reports it; always text, as an exception that pickles may not unpickle."""
+
+    code: str
+    message: str
+    type: str | None = None
+    traceback: str | None = None
+    retriable: bool = False
+
+    def error(self) -> AcommError:
+        return from_wire(self.message, {"code": self.code, "type": self.type, "traceback": self.traceback})
+
+
+class Answer(msgspec.Struct, array_like=True):
+    """What a worker says of a call: its result as JSON or its failure, and the seconds it ran."""
+
+    number: int
+    seconds: float
+    result: bytes | None
+    failure: Failure | None = None
+
+
+class Call(msgspec.Struct, eq=False, weakref=True):
+    """A call on the supervisor's side.
+
+    `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
+    submitted it. The numbers of a call's attempts differ, so a late answer matches nothing.
+    """
+
+    task: str
+    args: bytes | None
+    id: str = ""
+    tag: Any = None
+    priority: int = 0
+    timeout: float | None = None
+    deadline: float | None = None
+    retries: int = 0
+    crashes: int = 0
+    backoff: Any = None  # attempt -> seconds
+    number: int = 0
+    failed: int = 0
+    crashed: int = 0
+    cost: float = 0.0
+    settled: bool = False
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first."""
+        return self.failed + self.crashed + 1
+
+    def job(self) -> Job:
+        return Job(self.number, self.task, self.args, self.id, self.attempt, self.deadline)
+
+
+class Outcome(msgspec.Struct, frozen=True, eq=False):
+    """How a call ended: exactly one of result (JSON) and error is set."""
+
+    call: Call
+    result: bytes | None
+    error: AcommError | None

@@ -1,0 +1,360 @@
+"""Which call runs on which worker, and when: decided here, done elsewhere. No I/O, no clock.
+
+    submit --> queued --(credit)--> assigned --> settled (Outcome)
+                 ^   \\                |
+                 |    backoff <-------+  raised, retries left
+                 +--------------------+  the worker died and another call was running
+
+A worker holds as many calls as it can run in about WINDOW seconds, by what their tasks took before: one
+long call, or hundreds of tiny ones that then travel in one message. A call of unknown cost waits for a
+worker that holds nothing, and nothing waits behind it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from acomm.deadlines import Deadlines
+from workers.calls import Answer, Call, Outcome
+from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
+
+WINDOW = 0.002
+"""Seconds of predicted work that a worker may hold: longer than a round trip to the supervisor, so that a
+worker does not idle; short enough that nobody minds waiting for it.
+"""
+
+MAX_WINDOW = 512
+"""Calls that a worker may hold: beyond this a larger message saves nothing more."""
+
+STUCK = 0.005
+"""Seconds without an answer after which a worker with work gets no more: its prediction was wrong."""
+
+LEARNING = 1 / 16
+"""Weight of the newest run time: a single preempted call of a tiny task must not close its window."""
+
+OVERDUE_CHECK = 0.02
+"""Seconds between looks at calls that are given up but may yet start to run."""
+
+
+class Running(NamedTuple):
+    """What a worker runs now: the call's number (0: nothing) and since when."""
+
+    call: int
+    started: float
+
+
+class Doom(NamedTuple):
+    """A worker to kill, and why."""
+
+    worker: int
+    error: AcommError
+
+
+class _Worker:
+    __slots__ = ("calls", "doom", "doomed", "heard", "id", "load", "retiring")
+
+    def __init__(self, id: int, now: float) -> None:
+        self.id = id
+        self.calls: dict[int, Call] = {}
+        self.load = 0.0
+        self.heard = now
+        self.doom: AcommError | None = None
+        self.doomed = 0
+        self.retiring = False
+
+
+class Dispatcher:
+    """The table of all calls and workers.
+
+    Every call that is submitted comes back in exactly one Outcome, from one of `answered`,
+    `worker_lost`, `cancel` or `due`.
+    """
+
+    def __init__(self, *, window: float = WINDOW, max_window: int = MAX_WINDOW) -> None:
+        self.window = window
+        self.max_window = max_window
+        self.queued = 0
+        self.assigned = 0
+        self._workers: dict[int, _Worker] = {}
+        self._queues: dict[int, deque[Call]] = {}
+        self._order: list[int] = []
+        self._numbers = itertools.count(1)
+        self._calls: dict[int, Call] = {}
+        self._holder: dict[int, _Worker] = {}
+        self._predicted: dict[str, float] = {}
+        self._deadlines: Deadlines[int] = Deadlines()
+        self._limits: Deadlines[int] = Deadlines()
+        self._backoff: Deadlines[int] = Deadlines()
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {len(self._workers)} workers, {self.queued} queued, {self.assigned} assigned>"
+
+    def __len__(self) -> int:
+        """Calls that have no outcome yet."""
+        return len(self._calls)
+
+    # -- calls --------------------------------------------------------------------------------------
+
+    def submit(self, call: Call) -> int:
+        """Take a call; returns its number, by which it can be cancelled."""
+        self._number(call)
+        if call.deadline is not None:
+            self._deadlines.set(call.number, call.deadline)
+        self._enqueue(call)
+        return call.number
+
+    def cancel(
+        self, number: int, now: float, running: Running, error: AcommError | None = None
+    ) -> Outcome | Doom | None:
+        """Give up a call. One that does not run has its outcome at once; for a running one, the worker to
+        kill is returned, and the outcome comes with its death. None: there is no such call.
+        """
+        call = self._calls.get(number)
+        if call is None or call.settled:
+            return None
+        error = error or CallCancelled(f"call of task {call.task} was cancelled")
+        worker = self._holder.get(number)
+        if worker is not None and running.call == number:
+            return self._doom(worker, number, error)
+        if worker is not None:
+            # It waits in a worker's window. Should it start all the same, and last, `due` finds it.
+            self._limits.set(number, now + OVERDUE_CHECK)
+        else:
+            self.queued -= 1
+            self._backoff.discard(number)
+        return self._settle(call, None, error, keep=worker is not None)
+
+    def holder(self, number: int) -> int | None:
+        """The worker that holds a call."""
+        worker = self._holder.get(number)
+        return None if worker is None else worker.id
+
+    def predicted(self, task: str) -> float | None:
+        """Seconds that a call of `task` is expected to run; None before the first."""
+        return self._predicted.get(task)
+
+    # -- workers ------------------------------------------------------------------------------------
+
+    def worker_ready(self, id: int, now: float) -> None:
+        """A worker can take calls."""
+        self._workers[id] = _Worker(id, now)
+
+    def retire(self, id: int) -> None:
+        """Give a worker nothing more."""
+        if id in self._workers:
+            self._workers[id].retiring = True
+
+    def load(self, id: int) -> int:
+        """How many calls a worker holds."""
+        worker = self._workers.get(id)
+        return len(worker.calls) if worker else 0
+
+    def worker_lost(self, id: int, running: int, lost: Callable[[Call], WorkerLost]) -> list[Outcome]:
+        """A worker is gone. The call that it ran pays for it; those that waited behind are queued again,
+        in front and uncounted. `lost` makes the error, `running` is the number of the call (0: none).
+        """
+        worker = self._workers.pop(id, None)
+        if worker is None:
+            return []
+        outcomes: list[Outcome] = []
+        again: list[Call] = []
+        for number, call in worker.calls.items():
+            self.assigned -= 1
+            del self._holder[number]
+            self._limits.discard(number)
+            if call.settled:
+                del self._calls[number]
+            elif worker.doom is not None and number == worker.doomed == running:
+                outcomes.append(self._settle(call, None, worker.doom))
+            elif number != running or worker.doom is not None:
+                # Waited behind, or started in the moment in which we killed the worker for another.
+                again.append(call)
+            else:
+                outcome = self._crashed(call, lost)
+                if outcome is None:
+                    again.append(call)
+                else:
+                    outcomes.append(outcome)
+        for call in reversed(again):
+            self._renumber(call)
+            self._enqueue(call, front=True)
+        return outcomes
+
+    def _crashed(self, call: Call, lost: Callable[[Call], WorkerLost]) -> Outcome | None:
+        """The outcome of a call whose worker died; None if it is to be tried again."""
+        call.crashed += 1
+        if call.crashed <= call.crashes:
+            return None
+        error: AcommError = lost(call)
+        if call.crashes:
+            error = Poisoned(f"{error} (worker {call.crashed} that it killed)", receipt=error.receipt)
+        return self._settle(call, None, error)
+
+    def answered(self, id: int, answer: Answer, now: float) -> Outcome | None:
+        """A worker has answered. None: the call is tried again, or is no longer waited for."""
+        worker = self._workers.get(id)
+        call = worker.calls.pop(answer.number, None) if worker else None
+        if worker is None or call is None:
+            return None
+        number = answer.number
+        self.assigned -= 1
+        del self._holder[number]
+        worker.load = worker.load - call.cost if worker.calls else 0.0
+        worker.heard = now
+        self._learn(call.task, answer.seconds)
+        if call.timeout is not None or call.settled:
+            self._limits.discard(number)
+        if call.settled:
+            del self._calls[number]
+            return None
+        if answer.failure is None:
+            return self._settle(call, answer.result, None)
+        call.failed += 1
+        if answer.failure.retriable and call.failed <= call.retries:
+            self._renumber(call)
+            self.queued += 1
+            self._backoff.set(call.number, now + (call.backoff(call.failed) if call.backoff else 0.0))
+            return None
+        return self._settle(call, None, answer.failure.error())
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def assign(self, now: float) -> Iterator[tuple[int, list[Call]]]:
+        """Hand out queued calls as credit allows: what to send to which worker."""
+        if not self.queued:
+            return iter(())
+        free = [
+            (worker.load, worker.id)
+            for worker in self._workers.values()
+            if not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
+        ]
+        heapq.heapify(free)
+        batches: dict[int, list[Call]] = {}
+        while free and (call := self._front()) is not None:
+            load, id = free[0]
+            worker = self._workers[id]
+            cost = self._predicted.get(call.task)
+            fits = cost is not None and load + cost <= self.window and len(worker.calls) < self.max_window
+            if worker.calls and not fits:
+                if len(worker.calls) < self.max_window:
+                    break  # the least loaded has no room for this one, so nobody has
+                heapq.heappop(free)
+                continue
+            self._take_front(call)
+            if not worker.calls:
+                worker.heard = now
+            call.cost = self.window if cost is None else cost
+            worker.load += call.cost
+            worker.calls[call.number] = call
+            self._holder[call.number] = worker
+            self.assigned += 1
+            if call.timeout is not None:
+                self._limits.set(call.number, now + call.timeout)
+            batches.setdefault(id, []).append(call)
+            heapq.heapreplace(free, (worker.load, id))
+        return iter(batches.items())
+
+    def next_deadline(self) -> float | None:
+        """When `due` should be called at the latest; None: no need."""
+        times = [self._deadlines.next(), self._limits.next(), self._backoff.next()]
+        return min((time for time in times if time is not None), default=None)
+
+    def due(self, now: float, running: Callable[[int], Running]) -> tuple[list[Outcome], list[Doom]]:
+        """What time brings: backoffs that end, deadlines and limits that pass. `running` tells what a
+        worker runs.
+        """
+        for number in self._backoff.expired(now):
+            self.queued -= 1
+            self._enqueue(self._calls[number])
+        outcomes: list[Outcome] = []
+        dooms: list[Doom] = []
+        for number in self._deadlines.expired(now):
+            call = self._calls[number]
+            error = CallTimeout(f"the request timed out; task {call.task} had not finished")
+            holder = self._holder.get(number)
+            what = self.cancel(number, now, running(holder.id) if holder else Running(0, 0.0), error)
+            if isinstance(what, Outcome):
+                outcomes.append(what)
+            elif what is not None:
+                dooms.append(what)
+        for number in self._limits.expired(now):
+            doom = self._over_limit(number, now, running)
+            if doom is not None:
+                dooms.append(doom)
+        return outcomes, dooms
+
+    def _over_limit(self, number: int, now: float, running: Callable[[int], Running]) -> Doom | None:
+        """A call's limit may have passed: by the start that its worker noted, not by when we sent it."""
+        call, worker = self._calls[number], self._holder[number]
+        runs = running(worker.id)
+        limit = OVERDUE_CHECK if call.settled or call.timeout is None else call.timeout
+        due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
+        if due > now:
+            self._limits.set(number, due)
+            return None
+        if call.settled:
+            error: AcommError = CallCancelled(f"call of task {call.task} ran though it was given up")
+        else:
+            error = CallTimeout(f"task {call.task} ran longer than its limit of {limit:g} seconds")
+        return self._doom(worker, number, error)
+
+    def _doom(self, worker: _Worker, number: int, error: AcommError) -> Doom:
+        worker.doom, worker.doomed, worker.retiring = error, number, True
+        return Doom(worker.id, error)
+
+    # -- inside -------------------------------------------------------------------------------------
+
+    def _number(self, call: Call) -> None:
+        call.number = next(self._numbers)
+        self._calls[call.number] = call
+
+    def _renumber(self, call: Call) -> None:
+        """A new attempt has a new number, so that late answers of the old one match nothing."""
+        self._calls.pop(call.number, None)
+        self._deadlines.discard(call.number)
+        self._number(call)
+        if call.deadline is not None:
+            self._deadlines.set(call.number, call.deadline)
+
+    def _enqueue(self, call: Call, *, front: bool = False) -> None:
+        queue = self._queues.get(call.priority)
+        if queue is None:
+            queue = self._queues[call.priority] = deque()
+            self._order = sorted(self._queues, reverse=True)
+        queue.appendleft(call) if front else queue.append(call)
+        self.queued += 1
+
+    def _front(self) -> Call | None:
+        """The call that is next; given-up ones are dropped on the way."""
+        for priority in self._order:
+            queue = self._queues[priority]
+            while queue:
+                if not queue[0].settled:
+                    return queue[0]
+                queue.popleft()
+        return None
+
+    def _take_front(self, call: Call) -> None:
+        self._queues[call.priority].popleft()
+        self.queued -= 1
+        if not self._queues[call.priority] and len(self._queues) > 1:
+            del self._queues[call.priority]
+            self._order.remove(call.priority)
+
+    def _learn(self, task: str, seconds: float) -> None:
+        known = self._predicted.get(task)
+        self._predicted[task] = seconds if known is None else known + (seconds - known) * LEARNING
+
+    def _settle(
+        self, call: Call, result: bytes | None, error: AcommError | None, *, keep: bool = False
+    ) -> Outcome:
+        call.settled = True
+        if not keep:
+            del self._calls[call.number]
+        if call.deadline is not None:
+            self._deadlines.discard(call.number)
+        return Outcome(call, result, error)
