@@ -133,6 +133,10 @@ class Dispatcher:
         worker = self._holder.get(number)
         return None if worker is None else worker.id
 
+    def call(self, number: int) -> Call | None:
+        """The call of that number, if it has no outcome yet."""
+        return self._calls.get(number)
+
     def predicted(self, task: str) -> float | None:
         """Seconds that a call of `task` is expected to run; None before the first."""
         return self._predicted.get(task)

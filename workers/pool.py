@@ -1,0 +1,468 @@
+"""The engine: worker processes, the socket to them, and the dispatcher, behind one descriptor.
+
+    submit(call) --> Dispatcher --assign--> ROUTER ==ipc==> DEALER  worker 1..N
+                        ^                     |                     (forked by the fork server)
+    process_events() <--+---- answers --------+
+                        +---- deaths, time -- fork server, scoreboard
+
+Whoever drives it polls `fileno()`, calls `process_events()` when that is readable, at `next_deadline()`
+and after submitting, and gets the outcomes. Nothing here blocks, has a thread, or knows an event loop.
+
+When a worker dies, its answers may still be on their way through the socket's buffers. A new worker is
+forked at once, but the death is settled only when ZeroMQ says that the peer's pipe is at its end: then
+everything that it said has been read.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import select
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import zmq
+
+from workers.calls import READY, STOP, Answer, Call, Outcome
+from workers.dispatcher import Dispatcher, Doom, Running
+from workers.errors import ConfigError, WorkerLost
+from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
+from workers.restarts import RestartBudget
+from workers.scoreboard import Scoreboard, Slot
+from workers.worker import Settings
+
+START_TIMEOUT = 60.0
+"""Seconds from fork to READY; a worker that takes longer is killed and counted as dead."""
+
+_LAST_WORDS = 0.5
+"""Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""
+
+_POLL_LAST_WORDS = 0.001
+
+_answers = msgspec.msgpack.Decoder(list[Answer])
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class _Worker:
+    """A worker process, from the wish for one until its death is settled."""
+
+    __slots__ = ("cpu", "finished", "identity", "max_rss", "peer_pid", "pid", "ready", "running", "since",
+                 "slot", "status", "stopping", "token")  # fmt: skip
+
+    def __init__(self, token: int, slot: int, now: float) -> None:
+        self.token = token
+        self.slot = slot
+        self.identity = secrets.token_bytes(12)
+        self.since = now
+        self.pid = 0
+        self.peer_pid = 0
+        self.ready = False
+        self.finished = 0
+        self.stopping = False
+        self.status: int | None = None
+        self.running = Slot(0, 0.0, 0.0, 0.0)
+        self.max_rss = 0
+        self.cpu = 0.0
+
+
+class WorkerInfo(NamedTuple):
+    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is progress."""
+
+    pid: int
+    state: str
+    finished: int
+    held: int
+    task: str | None
+    seconds: float
+    done: float
+    total: float
+
+
+class Pool:
+    """Runs calls in `workers` processes which have imported `modules`.
+
+    `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. `failure`
+    is set, and nothing runs any more, when the modules cannot be imported in a worker.
+    """
+
+    def __init__(
+        self, modules: Sequence[str], paths: Sequence[str] = (), *, workers: int, max_result: int = 2**26
+    ) -> None:
+        if workers < 1:
+            raise ConfigError(f"a pool needs at least one worker, not {workers}")
+        self.modules = tuple(modules)
+        self.paths = tuple(paths)
+        self.size = workers
+        self.max_result = max_result
+        self.failure: str | None = None
+        self.restarts = 0
+        self.dispatcher = Dispatcher()
+        self._budget = RestartBudget(max(10, 5 * workers))
+        self._workers: dict[int, _Worker] = {}
+        self._by_identity: dict[bytes, _Worker] = {}
+        self._starting = 0
+        self._wanted: dict[int, float] = {}  # slot -> when to fork for it
+        self._dead: dict[int, tuple[_Worker, float]] = {}
+        self._tokens = 0
+        self._stopping = False
+
+    def __repr__(self) -> str:
+        calls = self.dispatcher
+        return f"<Pool {self.ready} workers, {calls.queued} queued, {calls.assigned} assigned>"
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Launch the processes; returns at once. `ready` counts those that can take calls."""
+        self._folder = _private_folder()
+        self._context = zmq.Context(io_threads=1)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
+        self._router.setsockopt(zmq.RCVHWM, 0)
+        self._endpoint = f"ipc://{self._folder}/pool.sock"
+        self._router.bind(self._endpoint)
+        self._scoreboard = Scoreboard.create(self.size)
+        self._poller = select.epoll()
+        self._poller.register(self._router.FD, select.EPOLLIN)
+        self._launch(time.monotonic())
+
+    def close(self) -> None:
+        """Kill all workers and their descendants, and remove what was made. Calls without an outcome are
+        forgotten.
+        """
+        self._stopping = True
+        self._forkserver.close()
+        self._poller.close()
+        self._router.close()
+        self._context.term()
+        self._scoreboard.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def stop_workers(self) -> None:
+        """Let the workers finish what they hold and exit; none is replaced."""
+        self._stopping = True
+        self._wanted.clear()
+        for worker in self._workers.values():
+            worker.stopping = True
+            self.dispatcher.retire(worker.token)
+            if worker.ready:
+                self._send(worker, STOP)
+            elif worker.pid:
+                self._forkserver.kill(worker.pid)
+
+    @property
+    def ready(self) -> int:
+        """Workers that can take calls."""
+        return sum(worker.ready and worker.status is None for worker in self._workers.values())
+
+    @property
+    def alive(self) -> int:
+        """Worker processes that have not been seen dead."""
+        return sum(worker.status is None for worker in self._workers.values())
+
+    @property
+    def healthy(self) -> bool:
+        """False while workers die so early and often that there is no sense in taking work."""
+        return self.failure is None and not self._budget.exhausted(time.monotonic())
+
+    def workers(self) -> list[WorkerInfo]:
+        """All worker processes, for operators."""
+        now = time.monotonic()
+        return [self._info(worker, now) for worker in self._workers.values() if worker.status is None]
+
+    def _info(self, worker: _Worker, now: float) -> WorkerInfo:
+        slot = self._scoreboard.read(worker.slot)
+        call = self.dispatcher.call(slot.call)
+        return WorkerInfo(
+            pid=worker.pid,
+            state="starting" if not worker.ready else "stopping" if worker.stopping else "ready",
+            finished=worker.finished,
+            held=self.dispatcher.load(worker.token),
+            task=call.task if call else None,
+            seconds=now - slot.started if call else 0.0,
+            done=slot.done if call else 0.0,
+            total=slot.total if call else 0.0,
+        )
+
+    # -- the engine's three verbs -------------------------------------------------------------------
+
+    def submit(self, call: Call) -> int:
+        """Queue a call; it is sent at the next `process_events`. Returns its number."""
+        return self.dispatcher.submit(call)
+
+    def cancel(self, number: int) -> Outcome | None:
+        """Give up a call; a running one is killed, and its outcome comes later."""
+        now = time.monotonic()
+        what = self.dispatcher.cancel(number, now, self._running_of(number))
+        if isinstance(what, Doom):
+            self._kill(what)
+            return None
+        return what
+
+    def fileno(self) -> int:
+        """Readable when `process_events` has something to do."""
+        return self._poller.fileno()
+
+    def next_deadline(self) -> float | None:
+        """When, on the monotonic clock, to call `process_events` at the latest."""
+        times = [self.dispatcher.next_deadline(), *self._wanted.values()]
+        if self._dead:
+            times.append(time.monotonic() + _POLL_LAST_WORDS)
+        if self._starting:
+            times += [w.since + START_TIMEOUT for w in self._workers.values() if not w.ready]
+        return min((when for when in times if when is not None), default=None)
+
+    def process_events(self) -> list[Outcome]:
+        """Do all that can be done now; returns the calls that have ended."""
+        outcomes: list[Outcome] = []
+        for descriptor, _ in self._poller.poll(0):
+            if descriptor == self._forkserver_fd:
+                self._fork_events()
+        while True:
+            now = time.monotonic()
+            self._receive(now, outcomes)
+            if self._dead:
+                self._settle_deaths(now, outcomes)
+            self._tick(now, outcomes)
+            for token, calls in self.dispatcher.assign(now):
+                self._send(self._workers[token], _encode([call.job() for call in calls]))
+            # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
+            if not int(self._router.EVENTS) & zmq.POLLIN:
+                return outcomes
+
+    # -- the socket ---------------------------------------------------------------------------------
+
+    def _receive(self, now: float, outcomes: list[Outcome]) -> None:
+        while True:
+            try:
+                if self._starting:
+                    # Only whole frames tell who sent them; that costs, so it is done while it matters.
+                    sender, frame = self._router.recv_multipart(zmq.NOBLOCK, copy=False)[:2]
+                    self._message(sender.bytes, frame.bytes, _peer_pid(frame), now, outcomes)
+                else:
+                    identity, message = self._router.recv_multipart(zmq.NOBLOCK)[:2]
+                    self._message(identity, message, 0, now, outcomes)
+            except zmq.Again:
+                return
+
+    def _message(
+        self, identity: bytes, message: bytes, peer_pid: int, now: float, outcomes: list[Outcome]
+    ) -> None:
+        worker = self._by_identity.get(identity)
+        if worker is None:
+            return
+        if not worker.ready:
+            if message == READY:
+                worker.peer_pid = peer_pid
+                self._greet(worker, now)
+            return
+        for answer in _answers.decode(message):
+            worker.finished += 1
+            outcome = self.dispatcher.answered(worker.token, answer, now)
+            if outcome is not None:
+                outcomes.append(outcome)
+
+    def _greet(self, worker: _Worker, now: float) -> None:
+        """A worker has said READY, and the fork server has told its pid: in any order, both must agree."""
+        if worker.pid and worker.peer_pid and worker.status is None and not worker.ready:
+            if worker.peer_pid != worker.pid:
+                worker.peer_pid = 0  # not the child that we started
+                return
+            worker.ready = True
+            self._starting -= 1
+            if self._stopping:
+                self._send(worker, STOP)
+            else:
+                self.dispatcher.worker_ready(worker.token, now)
+
+    def _send(self, worker: _Worker, message: bytes) -> None:
+        try:
+            self._router.send_multipart([worker.identity, message], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            # It is dead; the fork server will say so, and what it held is then settled.
+
+    # -- processes ----------------------------------------------------------------------------------
+
+    def _launch(self, now: float) -> None:
+        self._forkserver = ForkServer(
+            ["workers.worker", *self.modules],
+            paths=self.paths,
+            target="workers.worker:main",
+            cleanup=[self._folder],
+        )
+        self._forkserver.start()
+        self._forkserver_fd = self._forkserver.fileno()
+        self._poller.register(self._forkserver_fd, select.EPOLLIN)
+        for slot in range(self.size):
+            self._fork(slot, now)
+
+    def _fork(self, slot: int, now: float) -> None:
+        self._tokens += 1
+        worker = _Worker(self._tokens, slot, now)
+        self._workers[worker.token] = self._by_identity[worker.identity] = worker
+        self._starting += 1
+        self._scoreboard.clear(slot)
+        settings = Settings(
+            endpoint=self._endpoint,
+            identity=worker.identity,
+            slot=slot,
+            slots=self.size,
+            modules=self.modules,
+            paths=self.paths,
+            max_result=self.max_result,
+        )
+        self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
+
+    def _fork_events(self) -> None:
+        now = time.monotonic()
+        for event in self._forkserver.events():
+            match event:
+                case Forked(token, pid):
+                    self._workers[token].pid = pid
+                    self._greet(self._workers[token], now)
+                case Exited(token, _, status, max_rss, cpu):
+                    self._died(self._workers[token], status, now, max_rss, cpu)
+                case ForkFailed(token, _):
+                    self._died(self._workers[token], 1, now)
+                case Failed(message, _):
+                    self.failure = message
+                case Gone():
+                    self._template_died(now)
+
+    def _template_died(self, now: float) -> None:
+        """All workers are dead with it. Start over, within the budget."""
+        self._poller.unregister(self._forkserver_fd)
+        self._forkserver.close()
+        for worker in list(self._workers.values()):
+            if worker.status is None:
+                self._died(worker, -signal.SIGKILL, now)
+        self._wanted.clear()
+        if self.failure is None and not self._stopping:
+            self._budget.note(now)
+            self._launch(now)
+
+    def _died(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
+        """A worker is dead: replace it now, settle what it held when its last words have been read."""
+        worker.status, worker.max_rss, worker.cpu = status, max_rss, cpu
+        worker.running = self._scoreboard.read(worker.slot)
+        self.dispatcher.retire(worker.token)
+        self._dead[worker.token] = (worker, now + _LAST_WORDS)
+        if not worker.ready:
+            self._starting -= 1
+        if self._stopping or self.failure is not None:
+            return
+        if not worker.finished and not worker.stopping:
+            self._budget.note(now)
+        self.restarts += 1
+        pause = self._budget.pause(now) if not worker.finished else 0.0
+        if pause:
+            self._wanted[worker.slot] = now + pause
+        else:
+            self._fork(worker.slot, now)
+
+    def _settle_deaths(self, now: float, outcomes: list[Outcome]) -> None:
+        for token, (worker, latest) in list(self._dead.items()):
+            if now < latest and self._still_connected(worker):
+                continue
+            del self._dead[token], self._workers[token], self._by_identity[worker.identity]
+            lost = functools.partial(_worker_lost, worker=worker, now=now)
+            outcomes += self.dispatcher.worker_lost(token, worker.running.call, lost)
+
+    def _still_connected(self, worker: _Worker) -> bool:
+        """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
+        try:
+            self._router.send_multipart([worker.identity, b""], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    # -- time ---------------------------------------------------------------------------------------
+
+    def _tick(self, now: float, outcomes: list[Outcome]) -> None:
+        due = self.dispatcher.next_deadline()
+        if due is not None and due <= now:
+            ended, dooms = self.dispatcher.due(now, self._running)
+            outcomes += ended
+            for doom in dooms:
+                self._kill(doom)
+        if self._wanted:
+            for slot in [slot for slot, when in self._wanted.items() if when <= now]:
+                del self._wanted[slot]
+                self._fork(slot, now)
+        if self._starting:
+            for worker in list(self._workers.values()):
+                if not worker.ready and worker.pid and now - worker.since > START_TIMEOUT:
+                    self._forkserver.kill(worker.pid)
+
+    def _running(self, token: int) -> Running:
+        worker = self._workers.get(token)
+        if worker is None:
+            return Running(0, 0.0)
+        slot = self._scoreboard.read(worker.slot) if worker.status is None else worker.running
+        return Running(slot.call, slot.started)
+
+    def _running_of(self, number: int) -> Running:
+        holder = self.dispatcher.holder(number)
+        return Running(0, 0.0) if holder is None else self._running(holder)
+
+    def _kill(self, doom: Doom) -> None:
+        worker = self._workers.get(doom.worker)
+        if worker is not None and worker.status is None:
+            worker.stopping = True
+            self._forkserver.kill(worker.pid)
+
+
+def _worker_lost(call: Call, worker: _Worker, now: float) -> WorkerLost:
+    status = worker.status or 0
+    if status < 0:
+        try:
+            how = f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            how = f"was killed by signal {-status}"
+    else:
+        how = f"exited with status {status}"
+    receipt: dict[str, Any] = {
+        "pid": worker.pid,
+        "task": call.task,
+        "attempt": call.crashed,
+        "signal": -status if status < 0 else None,
+        "exit_status": status if status >= 0 else None,
+        "ran_seconds": round(max(now - worker.running.started, 0.0), 6),
+        "max_rss": worker.max_rss,
+        "cpu_seconds": round(worker.cpu, 6),
+        "calls_before": worker.finished,
+    }
+    if worker.running.done or worker.running.total:
+        receipt["progress"] = {"done": worker.running.done, "total": worker.running.total}
+    return WorkerLost(f"worker {worker.pid} {how} while it ran task {call.task}", receipt=receipt)
+
+
+def _peer_pid(frame: zmq.Frame) -> int:
+    """The pid at the other end of an ipc connection, by the kernel's word (`localhost:uid:gid:pid`); 0 if
+    its uid is not ours.
+    """
+    try:
+        _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
+    except (zmq.ZMQError, ValueError):
+        return 0
+    return int(pid) if int(uid) == os.getuid() else 0
+
+
+def _private_folder() -> str:
+    """A new folder, ours alone (0700), with a path short enough for a socket in it."""
+    folder = tempfile.mkdtemp(prefix="acomm-pool-")
+    if len(os.fsencode(folder)) > 80:
+        Path(folder).rmdir()
+        folder = tempfile.mkdtemp(prefix="acomm-pool-", dir="/tmp")
+    return folder

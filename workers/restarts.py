@@ -1,0 +1,43 @@
+"""When dead workers may be replaced: at once, later, or not before somebody has looked. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class RestartBudget:
+    """A restart intensity within a period, as OTP's supervisors have it.
+
+    Only early deaths are noted: before a worker was ready, or before it finished a first call. Those do
+    not end by themselves when the cause is the code or the machine. Workers that die later are replaced
+    at once and for free.
+    """
+
+    def __init__(self, intensity: int, period: float = 10.0, *, first_pause: float = 0.02) -> None:
+        self.intensity = intensity
+        self.period = period
+        self.first_pause = first_pause
+        self._deaths: deque[float] = deque()
+
+    def note(self, now: float) -> None:
+        """A worker has died early."""
+        self._deaths.append(now)
+
+    def exhausted(self, now: float) -> bool:
+        """Whether more workers died early within the period than is normal in any good day."""
+        self._forget(now)
+        return len(self._deaths) > self.intensity
+
+    def pause(self, now: float) -> float:
+        """Seconds to wait before the next start: none after a single death, then growing; a whole period
+        once the budget is exhausted.
+        """
+        self._forget(now)
+        deaths = len(self._deaths)
+        if deaths > self.intensity:
+            return self.period
+        return 0.0 if deaths < 2 else min(self.first_pause * 2.0 ** (deaths - 2), 1.0)
+
+    def _forget(self, now: float) -> None:
+        while self._deaths and self._deaths[0] <= now - self.period:
+            self._deaths.popleft()
