@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ _VERDICT_WAIT = 0.25
 a millisecond; a peer that takes longer gets a connection a message meanwhile.
 """
 
+_LONGEST_PAUSE = 0.1  # seconds between tries to connect to a peer whose queue of connections is full
 _MAX_SENDS = 2
 _MAX_REPLY = 1024 * 1024
 
@@ -67,6 +69,13 @@ class Outgoing:
         self.sends = 0
         self.deadline = 0.0
 
+    def settle(self, error: AcommError | None) -> None:
+        """Tell the sender. What its callback raises is its own affair, and must not hit the others."""
+        try:
+            self.delivered(error)
+        except Exception:
+            log.exception("what waited for an acknowledgement failed")
+
 
 class Channels:
     """All the channels of one owner, by URL. Closing it fails what is still under way."""
@@ -88,11 +97,11 @@ class Channels:
         """Send a message; its `delivered` is told how it went. Raises BadRequest for a URL that nothing
         can be sent to. Never blocks.
         """
+        if self.closed:
+            message.settle(ConnectionLost("the sender is closed"))
+            return
         channel = self._channels.get(url)
         if channel is None:
-            if self.closed:
-                message.delivered(ConnectionLost("the sender is closed"))
-                return
             urls.check(url, "the URL")
             path = urls.unix_path(url)
             channel = HttpChannel(self, url) if path is None else UnixChannel(self, url, path)
@@ -131,7 +140,8 @@ class Channels:
                 trust_env=False,
                 timeout=aiohttp.ClientTimeout(total=self.timeout, connect=self.timeout),
                 connector=aiohttp.TCPConnector(limit=256, limit_per_host=32),
-                auto_decompress=True,
+                # Many hooks share a session; what one of them sets is not the others' business.
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._http
 
@@ -157,7 +167,7 @@ class Channel:
         self.owner = owner
         self.url = url
         self.queue: deque[Outgoing] = deque()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[AcommError | None], Outgoing] = {}
 
     def post(self, message: Outgoing) -> None:
         raise NotImplementedError
@@ -165,30 +175,32 @@ class Channel:
     def start(self, message: Outgoing) -> None:
         """Send one message by a task of its own."""
         task = asyncio.get_running_loop().create_task(self._run(message))
-        self.tasks.add(task)
+        self.tasks[task] = message
         task.add_done_callback(self._finished)
 
     async def exchange(self, message: Outgoing) -> AcommError | None:
+        """Send the message; the error of its acknowledgement. Raises AcommError, OSError."""
         raise NotImplementedError
 
-    async def _run(self, message: Outgoing) -> None:
+    async def _run(self, message: Outgoing) -> AcommError | None:
         try:
-            error = await self.exchange(message)
-        except asyncio.CancelledError:
-            message.delivered(ConnectionLost("the sender was closed before the acknowledgement came"))
-            raise
-        except AcommError as exc:
-            error = exc
+            return await self.exchange(message)
+        except AcommError as error:
+            return error
         except TimeoutError:
-            error = ConnectionLost(f"no acknowledgement from {printable(self.url)} in time")
-        except OSError as exc:
-            error = ConnectionLost(f"cannot reach {printable(self.url)}: {exc.strerror or exc}")
-        message.delivered(error)
+            return ConnectionLost(f"no acknowledgement from {printable(self.url)} in time")
+        except OSError as error:
+            return ConnectionLost(f"cannot reach {printable(self.url)}: {error.strerror or error}")
+        except Exception as error:
+            log.exception("sending to %s failed unexpectedly", printable(self.url))
+            return ConnectionLost(f"cannot reach {printable(self.url)}: {type(error).__name__}: {error}")
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("sending to %s failed unexpectedly", printable(self.url), exc_info=error)
+    def _finished(self, task: asyncio.Task[AcommError | None]) -> None:
+        message = self.tasks.pop(task)
+        if task.cancelled():
+            message.settle(ConnectionLost("the sender was closed before the acknowledgement came"))
+        else:
+            message.settle(task.result())
         self.more()
 
     def more(self) -> None:
@@ -204,7 +216,7 @@ class Channel:
 
     async def close(self) -> None:
         while self.queue:
-            self.queue.popleft().delivered(ConnectionLost("the sender was closed"))
+            self.queue.popleft().settle(ConnectionLost("the sender was closed"))
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()
@@ -260,7 +272,8 @@ class UnixChannel(Channel):
         connection = await _connect(self.path, self.owner.timeout, self)
         try:
             if message.wire == 1:
-                connection.write_raw(message.payload)
+                async with asyncio.timeout(self.owner.timeout):
+                    await connection.send_raw(message.payload)
                 return None
             acknowledged = connection.first(message)
             async with asyncio.timeout(self.owner.timeout):
@@ -276,11 +289,10 @@ class UnixChannel(Channel):
         self.decided()
         return error
 
-    def adopt(self, connection: _Pipeline) -> bool:
+    def adopt(self, connection: _Pipeline) -> None:
         """A peer has granted; keep the connection if there is none yet."""
-        if self.live is None:
+        if self.live is None and not self.owner.closed:
             self.live = connection
-        return self.live is connection
 
     def broken(self, connection: _Pipeline, unacknowledged: list[Outgoing]) -> None:
         """The granted connection is gone. Send again what it may have lost."""
@@ -291,7 +303,7 @@ class UnixChannel(Channel):
             if message.sends < _MAX_SENDS and not self.owner.closed:
                 self.post(message)
             else:
-                message.delivered(ConnectionLost(f"{printable(self.url)} closed the connection"))
+                message.settle(ConnectionLost(f"{printable(self.url)} closed the connection"))
         self.rest()
 
     def rest(self) -> None:
@@ -304,9 +316,13 @@ class UnixChannel(Channel):
             self._undecided = None
         if self.live is not None:
             live, self.live = self.live, None
-            for message in live.take():
-                message.delivered(ConnectionLost("the sender was closed"))
-            live.finish()
+            unacknowledged = live.take()
+            if unacknowledged:
+                live.abort()  # nobody will know any more what becomes of them
+            else:
+                live.finish()
+            for message in unacknowledged:
+                message.settle(ConnectionLost("the sender was closed"))
         await super().close()
 
 
@@ -318,6 +334,7 @@ class _Pipeline(FrameProtocol):
         self._channel = channel
         self._waiting: deque[Outgoing] = deque()
         self._first: asyncio.Future[tuple[bool, AcommError | None]] | None = None
+        self._lost: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def first(self, message: Outgoing) -> asyncio.Future[tuple[bool, AcommError | None]]:
@@ -325,6 +342,15 @@ class _Pipeline(FrameProtocol):
         self._first = self._loop.create_future()
         self.write_message(message.payload)
         return self._first
+
+    async def send_raw(self, payload: bytes) -> None:
+        """Send a generation 1 message, which ends with the connection. Raises ConnectionLost when the
+        peer is gone before it has all of it.
+        """
+        self._lost = self._loop.create_future()
+        self.write_raw(payload)
+        self.finish()
+        await self._lost
 
     def send(self, message: Outgoing) -> None:
         message.sends += 1
@@ -341,11 +367,22 @@ class _Pipeline(FrameProtocol):
     def message_received(self, message: bytes) -> None:
         if self._waiting:
             outgoing = self._waiting.popleft()
-            outgoing.delivered(None if message == outgoing.expected else _ack_error(message)[1])
+            error = None if message == outgoing.expected else _ack_error(message)[1]
+            try:  # `settle`, without the call: this runs for each message
+                outgoing.delivered(error)
+            except Exception:
+                log.exception("what waited for an acknowledgement failed")
         elif self._first is not None and not self._first.done():
             granted, error = _ack_error(message)
-            granted = granted and self._channel.adopt(self)
+            if granted:
+                self._channel.adopt(self)
             self._first.set_result((granted, error))
+
+    def may_read(self) -> bool:
+        """Always: only the accepting end may stop reading while its writes are stuck. If both ends did, each
+        would wait for the other for ever.
+        """
+        return True
 
     def framing_failed(self, error: Exception) -> None:
         self.abort()
@@ -359,9 +396,9 @@ class _Pipeline(FrameProtocol):
             self._timer = self._loop.call_at(deadline, self._overdue)
             return
         # The peer holds the line without answering: sending again would only wait as long again.
-        for message in self.take():
-            message.delivered(ConnectionLost("no acknowledgement in time"))
         self.abort()
+        for message in self.take():
+            message.settle(ConnectionLost("no acknowledgement in time"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -370,14 +407,45 @@ class _Pipeline(FrameProtocol):
         if self._first is not None and not self._first.done():
             self._first.set_exception(ConnectionLost("the peer closed the connection without an ack"))
             self._first.exception()  # whoever waited may have given up; it is not lost on anyone
+        if self._lost is not None and not self._lost.done():
+            if exc is None:
+                self._lost.set_result(None)
+            else:
+                self._lost.set_exception(ConnectionLost("the peer closed the connection too early"))
         self._channel.broken(self, self.take())
 
 
 async def _connect(path: str, timeout: float, channel: UnixChannel) -> _Pipeline:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(timeout):
-        _, protocol = await loop.create_unix_connection(lambda: _Pipeline(channel), path)
+        sock = await _connected_socket(path)
+        try:
+            _, protocol = await loop.create_unix_connection(lambda: _Pipeline(channel), sock=sock)
+        except BaseException:
+            sock.close()
+            raise
     return protocol
+
+
+async def _connected_socket(path: str) -> socket.socket:
+    """Connect, waiting while the peer's queue of connections is full.
+
+    The event loops do not: the kernel says EAGAIN then, which asyncio takes for "under way", and
+    uvloop for a failure. Else a unix socket connects at once or not at all.
+    """
+    pause = 0.001
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(path)
+            return sock
+        except BlockingIOError:
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _ack_error(message: bytes) -> tuple[bool, AcommError | None]:
@@ -399,6 +467,7 @@ class HttpChannel(Channel):
     async def exchange(self, message: Outgoing) -> AcommError | None:
         import aiohttp
 
+        where = printable(self.url)
         try:
             async with self.owner.http().post(
                 self.url,
@@ -406,21 +475,31 @@ class HttpChannel(Channel):
                 headers={"Content-Type": "application/json"},
                 allow_redirects=False,
             ) as reply:
-                body = await reply.content.read(_MAX_REPLY)
+                if message.wire == 1:  # this generation looks at the status alone
+                    ok = reply.status == 200
+                    return None if ok else ConnectionLost(f"{where} answered status {reply.status}")
+                body = await _read_body(reply)
         except aiohttp.ClientError as error:
-            raise ConnectionLost(f"cannot reach {printable(self.url)}: {error}") from None
-        if message.wire == 1:  # this generation looks at the status alone
-            ok = reply.status == 200
-            return None if ok else ConnectionLost(f"{printable(self.url)} answered status {reply.status}")
+            raise ConnectionLost(f"cannot reach {where}: {error}") from None
         try:
             ack = Response.decode(body)
         except BadRequest:
-            return ConnectionLost(
-                f"{printable(self.url)} answered status {reply.status} without an acknowledgement"
-            )
+            return ConnectionLost(f"{where} answered status {reply.status} without an acknowledgement")
         if ack.error is None and reply.status >= 300:
-            return ConnectionLost(f"{printable(self.url)} answered status {reply.status}")
+            return ConnectionLost(f"{where} answered status {reply.status}")
         return ack.error
+
+
+async def _read_body(reply: aiohttp.ClientResponse) -> bytes:
+    """The whole body; `content.read(n)` returns what has come so far. Raises ConnectionLost when it is
+    longer than any acknowledgement.
+    """
+    body = bytearray()
+    async for chunk in reply.content.iter_any():
+        body += chunk
+        if len(body) > _MAX_REPLY:
+            raise ConnectionLost(f"the acknowledgement is longer than {_MAX_REPLY} bytes")
+    return bytes(body)
 
 
 def _may_extend(payload: Any, wire: int) -> bool:

@@ -34,6 +34,12 @@ class Deadlines(Generic[K]):
             self._heap = [(due, number, key) for key, (due, number) in self._due.items()]
             heapq.heapify(self._heap)
 
+    def postpone(self, seconds: float) -> None:
+        """Move all deadlines."""
+        self._due = {key: (when + seconds, number) for key, (when, number) in self._due.items()}
+        self._heap = [(when, number, key) for key, (when, number) in self._due.items()]
+        heapq.heapify(self._heap)
+
     def discard(self, key: K) -> None:
         self._due.pop(key, None)
 

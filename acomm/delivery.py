@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 
 from acomm.channel import Channels, Outgoing
-from acomm.errors import AcommError, printable
+from acomm.errors import AcommError, BadRequest, printable
 from acomm.messages import Response, ok_ack
 
 log = logging.getLogger("acomm.delivery")
@@ -33,13 +32,16 @@ class Delivery:
         self.delivered = 0
         self.abandoned = 0
         self.pending = 0
+        self._stopped = False
         self._retries: set[asyncio.TimerHandle] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def post(self, url: str, response: Response, wire: int) -> None:
-        """Deliver `response` to `url` in generation `wire`; returns at once."""
-        extended = response.extended and wire > 1
+    def post(self, url: str, response: Response, wire: int, *, extended: bool | None = None) -> None:
+        """Deliver `response` to `url` in generation `wire`, with extension keys if `extended` (None: as
+        the response says); returns at once. Raises TypeError for a result that JSON cannot express.
+        """
+        extended = (response.extended if extended is None else extended) and wire > 1
         payload = response.encode(wire, extended=extended)
         self.pending += 1
         self._idle.clear()
@@ -50,13 +52,13 @@ class Delivery:
         await self._idle.wait()
 
     def stop(self) -> None:
-        """Give up what waits for another try. Close the channels afterwards."""
-        for timer in self._retries:
-            timer.cancel()
+        """Give up what waits for another try, and try no more. Close the channels afterwards."""
+        self._stopped = True
         if self._retries:
             log.warning("%d responses were not delivered", len(self._retries))
-        self._retries.clear()
-        self._idle.set()
+        while self._retries:
+            self._retries.pop().cancel()
+            self.finished(False)
 
     def finished(self, delivered: bool) -> None:
         self.pending -= 1
@@ -88,7 +90,11 @@ class _Attempt:
         message = Outgoing(
             self.payload, self._done, wire=self.wire, extended=self.extended, expected=_expected[self.wire]
         )
-        self.delivery.channels.post(self.url, message)
+        try:
+            self.delivery.channels.post(self.url, message)
+        except BadRequest as error:
+            log.error("no response can be sent to the hook %s: %s", printable(self.url), printable(error))
+            self.delivery.finished(False)
 
     def _done(self, error: AcommError | None) -> None:
         if error is None:
@@ -96,11 +102,15 @@ class _Attempt:
             return
         self.failures += 1
         loop = asyncio.get_running_loop()
-        if loop.time() - self.since > self.delivery.give_up_after or self.delivery.channels.closed:
+        too_late = loop.time() - self.since > self.delivery.give_up_after
+        if too_late or self.delivery._stopped or self.delivery.channels.closed:
             log.error("gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)
             return
-        pause = min(FIRST_BACKOFF * 2 ** (self.failures - 1), LONGEST_BACKOFF) * random.uniform(0.5, 1)
+        from random import uniform  # it costs a tenth of `import acomm`, for what should be rare
+
+        # The exponent has an end, or a hook that is down for days makes it too large for a float.
+        pause = min(FIRST_BACKOFF * 2 ** min(self.failures - 1, 20), LONGEST_BACKOFF) * uniform(0.5, 1)
         log.log(
             logging.WARNING if self.failures == 1 else logging.DEBUG,
             "the hook %s did not take a response (%s); trying again in %.1f s",

@@ -197,6 +197,8 @@ WIRE_ERRORS: dict[str, type[AcommError]] = {
 }
 """Code to class, for every error that travels."""
 
+_MAX_RETRY_AFTER = 1e9  # seconds; about thirty years
+
 
 def from_wire(text: str, info: dict[str, Any] | None = None) -> AcommError:
     """The error that a response or acknowledgement carries.
@@ -207,15 +209,21 @@ def from_wire(text: str, info: dict[str, Any] | None = None) -> AcommError:
     info = info or {}
     code = info.get("code")
     cls = WIRE_ERRORS.get(code, AcommError) if isinstance(code, str) else AcommError
-    retry_after = info.get("retry_after")
     receipt = info.get("receipt")
     return cls(
         text,
         type=_text_or_none(info.get("type")),
         traceback=_text_or_none(info.get("traceback")),
         receipt=receipt if isinstance(receipt, dict) else None,
-        retry_after=float(retry_after) if isinstance(retry_after, int | float) else None,
+        retry_after=_seconds_or_none(info.get("retry_after")),
     )
+
+
+def _seconds_or_none(value: object) -> float | None:
+    # Compared as it is: an integer may be too large for a float.
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_RETRY_AFTER:
+        return float(value)
+    return None
 
 
 def _text_or_none(value: object) -> str | None:

@@ -5,7 +5,7 @@ A unix connection carries one of two framings, told apart by its first byte:
 * **length frames** (generations 2 and 3 of the Go original): a 4-byte big-endian length, then that
   many bytes of JSON. Any number of frames may follow each other.
 * **EOF-ended JSON** (generation 1): raw JSON from the first byte to the end of the stream, so the
-  first byte is `{`, `[` or white space. One message a connection, and nothing can be sent back.
+  first byte is `{`, `[`, `"` or white space. One message a connection, and nothing can be sent back.
 
 As a length, the smallest of generation 1's first bytes (a tab, 0x09) would announce 144 MiB. The
 frame limit stays below that, so the first byte can never be misread.
@@ -41,7 +41,8 @@ class Framer:
 
     Raises TooLarge as soon as a header announces more than `max_frame` bytes (nothing of the body
     is kept), or EOF-ended JSON grows beyond it. Messages that were complete before that point are
-    on the exception as `messages`. After an error the stream cannot be followed any more.
+    on the exception as `messages`. After an error the stream cannot be followed any more; what comes
+    then is dropped.
     """
 
     def __init__(self, max_frame: int = DEFAULT_MAX_FRAME) -> None:
@@ -50,6 +51,7 @@ class Framer:
         self.max_frame = max_frame
         self.raw: bool | None = None
         self._buffer = bytearray()
+        self._failed = False
         self._wanted = 0  # bytes that the buffer needs before a length frame is whole; 0: unknown
 
     @property
@@ -64,7 +66,7 @@ class Framer:
 
     def receive(self, data: bytes) -> list[bytes]:
         """Take received bytes; return the messages that are whole now."""
-        if not data:
+        if not data or self._failed:
             return []
         if self.raw is None:
             self.raw = data[0] in _JSON_START
@@ -81,8 +83,7 @@ class Framer:
     def _receive_raw(self, data: bytes) -> list[bytes]:
         self._buffer += data
         if len(self._buffer) > self.max_frame:
-            self._buffer.clear()
-            raise _too_large(None, self.max_frame, [])
+            raise self._too_large(None, [])
         return []
 
     def _split(self, data: bytes) -> list[bytes]:
@@ -92,7 +93,7 @@ class Framer:
         while end - position >= 4:
             (length,) = HEADER.unpack_from(data, position)
             if length > self.max_frame:
-                raise _too_large(length, self.max_frame, messages)
+                raise self._too_large(length, messages)
             if end - position - 4 < length:
                 self._wanted = length + 4
                 break
@@ -104,6 +105,8 @@ class Framer:
 
     def receive_eof(self) -> list[bytes]:
         """The peer sends no more. Raises BadRequest when that cut a message short."""
+        if self._failed:
+            return []
         held = bytes(self._buffer)
         self._buffer.clear()
         if self.raw:
@@ -114,15 +117,16 @@ class Framer:
             raise BadRequest(f"the stream ended inside a message: {got} of {wanted} arrived")
         return []
 
+    def _too_large(self, length: int | None, messages: list[bytes]) -> FrameTooLarge:
+        self._failed = True
+        self._buffer.clear()
+        what = "message" if length is None else f"frame of {length} bytes"
+        error = FrameTooLarge(f"{what} is larger than the limit of {self.max_frame} bytes")
+        error.messages = messages
+        return error
+
 
 class FrameTooLarge(TooLarge):
     """A message beyond the frame limit; `messages` came whole before it."""
 
     messages: list[bytes]
-
-
-def _too_large(length: int | None, limit: int, messages: list[bytes]) -> FrameTooLarge:
-    what = "message" if length is None else f"frame of {length} bytes"
-    error = FrameTooLarge(f"{what} is larger than the limit of {limit} bytes")
-    error.messages = messages
-    return error

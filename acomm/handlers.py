@@ -19,8 +19,8 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
-from functools import cache
-from importlib.metadata import version
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 from acomm.errors import HandlerError
@@ -45,8 +45,9 @@ _UNSENDABLE = (
 
 async def run(handler: Callable[..., Any], *args: Any, executor: Executor | None = None) -> None:
     """Call a handler where it may block: a coroutine function on the event loop, any other in a thread
-    of `executor` (the loop's own by default). Raises what the handler raises; `SystemExit` and
-    `KeyboardInterrupt` come as HandlerError, since in the loop they would end the process.
+    of `executor` (the loop's own by default). Raises what the handler raises, as far as it is an
+    Exception; anything else comes as HandlerError, since `SystemExit` would end the process, and
+    `CancelledError` and `StopIteration` have meanings of their own to the event loop.
     """
     try:
         if inspect.iscoroutinefunction(handler):
@@ -55,16 +56,29 @@ async def run(handler: Callable[..., Any], *args: Any, executor: Executor | None
         outcome = await asyncio.get_running_loop().run_in_executor(executor, _call, handler, args)
         if inspect.isawaitable(outcome):
             await outcome
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise HandlerError(f"the handler raised {type(error).__name__}({error})") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # meant for us
+        raise _outlandish(error) from error
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        raise _outlandish(error) from error
 
 
 def _call(handler: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     try:
         return handler(*args)
-    except (SystemExit, KeyboardInterrupt) as error:
-        # These would end the executor's thread, and the pool would be one short for ever.
-        raise HandlerError(f"the handler raised {type(error).__name__}({error})") from error
+    except BaseException as error:
+        # A future refuses StopIteration, and whoever waits for it would wait for ever.
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
+        raise _outlandish(error) from error
+
+
+def _outlandish(error: BaseException) -> HandlerError:
+    return HandlerError(f"the handler raised {type(error).__name__}({error})")
 
 
 def python_version() -> str:
@@ -73,6 +87,8 @@ def python_version() -> str:
 
 @cache
 def dill_version() -> str:
+    from importlib.metadata import version
+
     return version("dill")
 
 
@@ -126,18 +142,29 @@ def _dumps(value: Any) -> bytes:
 
     class Pickler(dill.Pickler):  # type: ignore[misc]
         def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-            if isinstance(obj, _UNSENDABLE):
+            if isinstance(obj, _UNSENDABLE) and not isinstance(obj, io.BytesIO | io.StringIO):
                 raise HandlerError(f"a {type(obj).__name__} means nothing in another process")
+            if isinstance(obj, FunctionType):
+                # The globals of code from an importable module are that module's, there as here; they are
+                # shared, not copied. Those of __main__ travel along, but only the ones that are named.
+                self._recurse = not _in_importable_module(obj)
             super().save(obj, save_persistent_id)
 
     file = io.BytesIO()
-    # recurse: only the globals that the code names travel, so that functions of __main__ find theirs.
     Pickler(file, protocol=5, byref=False, recurse=True).dump(value)
     return file.getvalue()
 
 
+def _in_importable_module(function: FunctionType) -> bool:
+    module = sys.modules.get(function.__module__ or "")
+    return function.__module__ != "__main__" and vars(module or object) is function.__globals__
+
+
 def _captured(handler: Callable[..., Any]) -> list[tuple[str, Any]]:
     """The variables that a function carries along, by a name that its author knows."""
+    if isinstance(handler, partial):
+        values = [*handler.args, *handler.keywords.values()]
+        return _captured(handler.func) + [(f"partial argument {value!r}", value) for value in values]
     try:
         found = inspect.getclosurevars(handler)
     except (TypeError, ValueError):
@@ -145,6 +172,8 @@ def _captured(handler: Callable[..., Any]) -> list[tuple[str, Any]]:
     named = [(f"closure variable {name!r}", value) for name, value in found.nonlocals.items()]
     named += [(f"global {name!r}", value) for name, value in found.globals.items()]
     defaults = getattr(handler, "__defaults__", None) or ()
+    if (owner := getattr(handler, "__self__", None)) is not None:
+        named.append(("the object that it is a method of", owner))
     return named + [(f"default value {value!r}", value) for value in defaults]
 
 

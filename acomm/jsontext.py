@@ -9,69 +9,113 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from json import JSONDecoder
-from json.decoder import scanstring  # type: ignore[attr-defined]  # the standard library's C scanner
+from collections.abc import Iterator
+from enum import Enum
 from typing import Any, TypeVar
 
 import msgspec
 
-from acomm.errors import BadRequest
+from acomm.errors import BadRequest, printable
 
 T = TypeVar("T")
 
 _encode = msgspec.json.encode
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_suspicious = re.compile(rb"\\u[dD]|[eE]\+?\d{3}|\d{300}")
-_space = re.compile(r"[ \t\r\n]*")
-# Only the ends of values are wanted, so numbers are read in the cheapest way that cannot fail.
-_scanner = JSONDecoder(parse_int=float)
+# A number is in range if its digits before the exponent are fewer than 200 and the exponent's two.
+_suspicious = re.compile(rb"\\u[dD]|[eE]\+?\d{3}|\d{200}")
+_space = re.compile(rb"[ \t\r\n]*")
+_name = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_AFTER_VALUE = frozenset(b",} \t\r\n")
 
 INVALID = (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError)
 """What decoding JSON from a stranger can raise."""
 
 
 def encode(value: Any, what: str = "value") -> bytes:
-    """`value` as compact JSON. A msgspec.Raw passes as it is.
+    """`value` as compact JSON; `what` names it in errors. A msgspec.Raw passes as it is.
 
-    Raises TypeError for what JSON cannot express (naming the place of a NaN), UnicodeEncodeError for
-    lone surrogates.
+    Raises TypeError, saying where, for what JSON cannot express: an unknown type, a lone surrogate,
+    NaN and infinity (which msgspec by itself would turn into null), a value that holds itself.
     """
     try:
-        text = _encode(value)
-    except UnicodeEncodeError as error:
-        raise TypeError(f"{what} holds text that is not valid Unicode: {error.reason}") from None
+        data = _encode(value)
+    except Exception as error:
+        fault = _fault_text(value, what, frozenset())
+        raise TypeError(fault or f"{what} cannot be written as JSON: {error}") from error
+    if b"null" in data and (fault := _fault_text(value, what, _NEVER_NULL)):
+        raise TypeError(fault)
+    return data
+
+
+_NEVER_NULL: frozenset[type] = frozenset({str, int, bool, bytes, type(None), msgspec.Raw})
+"""Types whose values need no second look once they were encoded; most of any message is of these."""
+
+
+def _fault_text(value: Any, what: str, skip: frozenset[type]) -> str | None:
+    try:
+        fault = _fault(value, skip)
     except RecursionError:
-        raise TypeError(f"{what} is nested too deeply, or holds itself") from None
-    except TypeError as error:
-        raise TypeError(f"{what} cannot be written as JSON: {error}") from None
-    # msgspec writes NaN and infinities as null; other nulls are told apart by looking.
-    if b"null" in text and not isinstance(value, msgspec.Raw):
-        place = _non_finite(value)
-        if place is not None:
-            raise TypeError(f"{what}{place} is not a finite number; JSON cannot express it")
-    return text
+        return f"{what} is nested too deeply, or holds itself"
+    return None if fault is None else f"{what}{printable(fault[0])} {fault[1]}"
 
 
-def _non_finite(value: Any) -> str | None:
-    """Where in `value` a NaN or an infinity is, as a path; None if there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else ""
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple | set | frozenset):
-        items = enumerate(value)
-    elif hasattr(value, "__struct_fields__") or hasattr(value, "__dataclass_fields__"):
-        names = getattr(value, "__struct_fields__", None) or value.__dataclass_fields__
-        items = ((name, getattr(value, name, None)) for name in names)
-    else:
+def _fault(value: Any, skip: frozenset[type]) -> tuple[str, str] | None:
+    """The path and the nature of the first thing in `value` that JSON cannot express; with types to
+    `skip`, the value as a whole has been encoded, so that only its floats are in doubt.
+    """
+    if type(value) in skip:
         return None
-    for key, item in items:
-        place = _non_finite(item)
-        if place is not None:
-            return f"[{key!r}]{place}"
+    if type(value) is float:
+        return None if math.isfinite(value) else ("", f"is {value}, which JSON cannot express")
+    if isinstance(value, Enum):
+        return _fault(value.value, skip)
+    for step, item in _children(value):
+        if fault := _fault(item, skip):
+            return _step(step) + fault[0], fault[1]
+    return None if skip or value is msgspec.UNSET else _own_fault(value)
+
+
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from enumerate(value)
+    elif not isinstance(value, type):
+        # Asked of the class, as an instance may answer to any name.
+        cls = type(value)
+        names = [*getattr(cls, "__struct_fields__", ()), *getattr(cls, "__dataclass_fields__", ())]
+        names += [field.name for field in getattr(cls, "__attrs_attrs__", ())]
+        yield from ((name, getattr(value, name, None)) for name in names)
+
+
+def _own_fault(value: Any) -> tuple[str, str] | None:
+    """What is wrong with `value` when nothing is wrong with what it holds."""
+    if isinstance(value, dict):
+        for key in value:
+            if (fault := _encoding_fault({key: 0})) is not None:
+                return "", f"has the key {printable(repr(key), 50)}: it {fault[1]}"
+        return None
+    return _encoding_fault(value)
+
+
+def _encoding_fault(value: Any) -> tuple[str, str] | None:
+    try:
+        _encode(value)
+    except UnicodeEncodeError:
+        return "", "holds a lone surrogate, which UTF-8 cannot express"
+    except TypeError:
+        cls = type(next(iter(value)) if isinstance(value, dict) else value)
+        name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+        return "", f"is of type {name}, which JSON cannot express"
+    except RecursionError:
+        raise
+    except Exception as error:
+        return "", f"cannot be written as JSON: {printable(error)}"
     return None
+
+
+def _step(step: Any) -> str:
+    return f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]"
 
 
 def why_invalid(error: BaseException, data: bytes | memoryview) -> str:
@@ -132,29 +176,45 @@ def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msg
     for name, value in fields.items():
         size += len(name) + 4 + len(memoryview(value))
     if size != len(data):
-        _refuse_repeats(data.decode(), once, what)
+        _refuse_repeats(data, fields, once, what)
     return fields
 
 
-def _refuse_repeats(text: str, once: frozenset[str], what: str) -> None:
+def _refuse_repeats(data: bytes, fields: dict[str, msgspec.Raw], once: frozenset[str], what: str) -> None:
+    """Walk over the members of `data`, which is valid, and refuse a repeat of a name in `once`."""
     seen: set[str] = set()
-    position = _skip(text, _skip(text, 0) + 1)
+    position = _skip(data, _skip(data, 0) + 1)
+    while (match := _name.match(data, position)) is not None:
+        name = msgspec.json.decode(match[0], type=str)
+        folded = name.casefold()
+        if folded in seen and folded in once:
+            raise BadRequest(f"{what} has the key {folded!r} twice")
+        seen.add(folded)
+        start = _skip(data, _skip(data, match.end()) + 1)
+        position = _skip(data, _end_of_value(data, start, bytes(fields[name]), what))
+        if data[position : position + 1] == b",":
+            position = _skip(data, position + 1)
+
+
+def _end_of_value(data: bytes, start: int, last: bytes, what: str) -> int:
+    """Where the value at `start` ends. `last` is the last value of its name: nearly always the only
+    one, and then its length tells without looking inside.
+    """
+    end = start + len(last)
+    if data.startswith(last, start) and data[end] in _AFTER_VALUE:
+        return end
+    from json import JSONDecoder
+
+    # Only the end is wanted, so numbers are read in the cheapest way that cannot fail.
+    text = data[start:].decode()
     try:
-        while text[position] == '"':
-            name, position = scanstring(text, position + 1)
-            folded = name.casefold()
-            if folded in seen and folded in once:
-                raise BadRequest(f"{what} has the key {folded!r} twice")
-            seen.add(folded)
-            _, position = _scanner.raw_decode(text, _skip(text, _skip(text, position) + 1))
-            position = _skip(text, position)
-            if text[position] == ",":
-                position = _skip(text, position + 1)
+        _, length = JSONDecoder(parse_int=float).raw_decode(text)
     except RecursionError:
         raise BadRequest(f"{what}: nested too deeply") from None
+    return start + len(text[:length].encode("utf-8", "surrogatepass"))
 
 
-def _skip(text: str, position: int) -> int:
-    match = _space.match(text, position)
+def _skip(data: bytes, position: int) -> int:
+    match = _space.match(data, position)
     assert match is not None
     return match.end()

@@ -39,7 +39,7 @@ DEFAULT_FRAME_TIMEOUT = 30.0
 
 _MAX_QUEUED = 64
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)
-_ucred = struct.Struct("3i")
+_ucred = struct.Struct("iII")
 
 
 class Peer(NamedTuple):
@@ -62,10 +62,13 @@ class Connection(FrameProtocol):
         self.peer = Peer(-1, -1, -1)
         self.wire = 3
         self.granted = False
+        # Since when a message has been expected or has been incomplete; None while it is not for the
+        # peer to move.
         self.waiting_since: float | None = self._loop.time()
         self._listener = listener
         self._messages: deque[bytes | Exception] = deque()
         self._arrived: asyncio.Event | None = None
+        self._full = False
 
     @property
     def raw(self) -> bool:
@@ -85,13 +88,15 @@ class Connection(FrameProtocol):
         while not self._messages:
             if self.closed or self.peer_finished:
                 raise ConnectionLost("the peer closed the connection")
-            self._arrived = asyncio.Event()
+            if self._arrived is None:
+                self._arrived = asyncio.Event()
             await self._arrived.wait()
         message = self._messages.popleft()
+        if self._full and len(self._messages) <= _MAX_QUEUED // 2:
+            self._full = False
+            self.read_or_hold()
         if isinstance(message, Exception):
             raise message
-        if len(self._messages) == _MAX_QUEUED // 2 and not (self.closed or self.peer_finished):
-            self.transport.resume_reading()
         if type is None:
             return message
         if type is Response:
@@ -139,13 +144,21 @@ class Connection(FrameProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.framer.partial:
+        if self.framer.partial and self.may_read():
             if self.waiting_since is None:
                 self.waiting_since = self._loop.time()
             return
         self.waiting_since = None
         if not self.granted and self._listener.on_message is not None:
-            self.finish()
+            self.finish_when_answered()
+
+    def may_read(self) -> bool:
+        return self._drained is None and not self._full
+
+    def read_or_hold(self) -> None:
+        super().read_or_hold()
+        # While we do not read, it is not the peer that is late.
+        self.waiting_since = self._loop.time() if self.may_read() and self.framer.partial else None
 
     def framing_failed(self, error: Exception) -> None:
         if self._listener.on_message is not None:
@@ -155,7 +168,9 @@ class Connection(FrameProtocol):
 
     def acknowledge(self, ack: bytes, *, grants: bool) -> None:
         """Send an acknowledgement; one that `grants` keeps the connection open for more messages."""
-        self.granted = self.granted or grants
+        if grants:
+            self.granted = True
+            self.keep()
         self.write_message(ack)
 
     def refuse(self, error: AcommError) -> None:
@@ -165,23 +180,29 @@ class Connection(FrameProtocol):
         self.close()
 
     def input_ended(self) -> None:
-        if self._listener.on_message is not None:
+        self.waiting_since = None
+        if self._listener.on_message is None:
+            self._wake()
+        elif self.raw:
             self.close()
-        elif self._arrived is not None:
-            self._arrived.set()
+        else:
+            self.finish_when_answered()
 
     def _queue(self, message: bytes | Exception) -> None:
         self._messages.append(message)
-        if len(self._messages) >= _MAX_QUEUED and not (self.closed or self.peer_finished):
-            self.transport.pause_reading()
+        if len(self._messages) >= _MAX_QUEUED and not self._full:
+            self._full = True
+            self.read_or_hold()
+        self._wake()
+
+    def _wake(self) -> None:
         if self._arrived is not None:
             self._arrived.set()
             self._arrived = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._arrived is not None:
-            self._arrived.set()
+        self._wake()
         self._listener._disconnected(self)
 
 
@@ -193,7 +214,11 @@ class UnixListener:
     root, those in `allow_uids`, and members of `allow_gids`.
 
     `on_message(conn, message)` is called for each message in place of queueing connections for
-    `next_conn`. `on_connect(conn)` and `on_disconnect(conn)` are told of both ends of their lives.
+    `next_conn`. It owes each message of a peer that is not `raw` one `conn.write_message`, at once or
+    later; a peer that has closed its half is kept until it has all of them.
+
+    A message that is not whole after `frame_timeout` seconds, or a peer that for so long reads nothing
+    of what it was sent, ends the connection.
     """
 
     def __init__(
@@ -222,7 +247,10 @@ class UnixListener:
         self._server: asyncio.Server | None = None
         self._accepted = 0
         self._open: set[Connection] = set()
+        self._taken: set[Connection] = set()
         self._waiting: asyncio.Queue[Connection | None] = asyncio.Queue()
+        self._none_taken = asyncio.Event()
+        self._none_taken.set()
         self._all_done = asyncio.Event()
         self._all_done.set()
         self._sweeper: asyncio.TimerHandle | None = None
@@ -253,6 +281,8 @@ class UnixListener:
         self._bound = socketpath.bind(path, self.mode)
         self.path = self._bound.path
         self._stopped = False
+        self._accepted = 0
+        self._waiting = asyncio.Queue()
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_unix_server(
@@ -265,14 +295,14 @@ class UnixListener:
 
     async def stop(self, timeout: float | None = None) -> None:
         """Accept no more and wait, at most `timeout` seconds (None: as long as it takes), until those
-        who use connections are done with them; then close what is left.
+        who took connections by `next_conn` are done with them; then close what is left.
         """
         self._stop_accepting()
-        if self.on_message is None and self._open:
+        if self._taken and timeout != 0:
             try:
-                await asyncio.wait_for(self._all_done.wait(), timeout)
+                await asyncio.wait_for(self._none_taken.wait(), timeout)
             except TimeoutError:
-                log.warning("stopping with %d connections not done", len(self._open))
+                log.warning("stopping with %d connections not done", len(self._taken))
         for conn in list(self._open):
             conn.close()
         if self._open:
@@ -281,12 +311,17 @@ class UnixListener:
             except TimeoutError:  # a peer that does not read what we have written
                 for conn in list(self._open):
                     conn.abort()
+                await self._all_done.wait()
 
     async def next_conn(self) -> Connection | None:
         """The next connection; None when the listener has stopped, or reached its accept limit."""
-        if self._stopped and self._waiting.empty():
-            return None
-        return await self._waiting.get()
+        conn = await self._waiting.get()
+        if conn is None:
+            self._waiting.put_nowait(None)  # for whoever else waits
+        elif not conn.closed:
+            self._taken.add(conn)
+            self._none_taken.clear()
+        return conn
 
     def done_conn(self, conn: Connection) -> Done[None]:
         """Say that a connection from `next_conn` is finished with; it is closed."""
@@ -337,6 +372,9 @@ class UnixListener:
 
     def _disconnected(self, conn: Connection) -> None:
         self._open.discard(conn)
+        self._taken.discard(conn)
+        if not self._taken:
+            self._none_taken.set()
         if not self._open:
             self._all_done.set()
 
@@ -348,31 +386,34 @@ class UnixListener:
         if peer.gid in self._gids:
             return True
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
-        return any(gid in self._gids for (gid,) in struct.iter_unpack("i", groups))
+        return any(gid in self._gids for (gid,) in struct.iter_unpack("I", groups))
 
     def _sweep(self) -> None:
-        """Close connections whose message does not come whole in time."""
+        """Close connections that do not move: a message that does not come whole, answers unread."""
         loop = asyncio.get_running_loop()
-        limit = loop.time() - self.frame_timeout
+        self._sweeper = loop.call_later(max(self.frame_timeout / 4, 0.01), self._sweep)
+        now = loop.time()
         for conn in list(self._open):
-            if conn.waiting_since is not None and conn.waiting_since < limit:
+            if conn.stuck_for(now) > self.frame_timeout:
+                conn.abort()
+            elif conn.waiting_since is not None and now - conn.waiting_since > self.frame_timeout:
                 conn.waiting_since = None
                 conn.framing_failed(BadRequest(f"no whole message in {self.frame_timeout:g} seconds"))
                 conn.finish()
-        self._sweeper = loop.call_later(max(self.frame_timeout / 4, 0.01), self._sweep)
 
 
 def encode_payload(payload: Any, wire: int, *, extended: bool = False) -> bytes:
     """The bytes of a message: Request and Response in generation `wire`, bytes as they are, any other
-    value as JSON. Raises TypeError, and ValueError for None: a bare `null` kills a Go peer.
+    value as JSON. Raises TypeError, and ValueError for what is `null` as JSON: it kills a Go peer.
     """
     if isinstance(payload, Request | Response):
         return payload.encode(wire, extended=extended)
     if isinstance(payload, bytes | bytearray | memoryview):
         return bytes(payload)
-    if payload is None:
+    data = jsontext.encode(payload, "payload")
+    if data.strip() == b"null":
         raise ValueError("a message cannot be null: it would kill a Go peer")
-    return jsontext.encode(payload, "payload")
+    return data
 
 
 async def unmarshal_conn_data(conn: Connection, type: type[T]) -> T:

@@ -21,7 +21,6 @@ that they do not know. Two programs that both know this library may say more: a 
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -35,6 +34,9 @@ Handler = Callable[["Request", "Response"], Any]
 
 MAX_ID = 1024
 MAX_TASK = 255
+MAX_PRIORITY = 2**31 - 1
+"""Either way of zero; what a database column and every other language's integer hold."""
+
 GENERATIONS = (1, 2, 3)
 
 _string = msgspec.json.Decoder(str | None)
@@ -75,6 +77,8 @@ _handlers = msgspec.json.Decoder(Handlers | None)
 
 
 def new_id() -> str:
+    import uuid  # it costs a tenth of `import acomm`, and not everyone makes requests
+
     return str(uuid.uuid4())
 
 
@@ -120,8 +124,7 @@ class Request(_Positional, frozen=True, kw_only=True):
                 urls.check(url, what)
         if self.response_hook is None and self.wire < 3 and self.handlers is None:
             raise BadRequest("missing response hook")
-        if self.timeout is not None and not 0 < self.timeout < math.inf:
-            raise BadRequest(f"timeout must be a positive number of seconds, not {self.timeout}")
+        _check_limits(self)
 
     @classmethod
     def decode(cls, data: bytes, *, raw: bool = False) -> Request:
@@ -150,8 +153,7 @@ class Request(_Positional, frozen=True, kw_only=True):
         )
         _check_name("id", request.id, MAX_ID)
         _check_name("task", request.task, MAX_TASK)
-        if request.timeout is not None and not 0 < request.timeout < math.inf:
-            raise BadRequest(f"timeout must be a positive number of seconds, not {request.timeout}")
+        _check_limits(request)
         if request.response_hook is None and wire < 3 and request.handlers is None:
             raise BadRequest("missing response hook")
         return request
@@ -259,10 +261,9 @@ class Response(msgspec.Struct, frozen=True):
             jsontext.check_value(result, "result")
             if bytes(result) == b"null":
                 result = None
-        stream = get("streamurl") or get("stream_url")
-        response = cls(
-            _text(get("id"), "id"), None, error, urls.decode(stream, "stream URL"), _asked(get("acomm"))
-        )
+        # Who does not know our generation sends both keys, one of them null.
+        stream = urls.decode(get("streamurl"), "stream URL") or urls.decode(get("stream_url"), "stream URL")
+        response = cls(_text(get("id"), "id"), None, error, stream, _asked(get("acomm")))
         # A peer may send both; like the original we then handle the error and keep the result.
         msgspec.structs.force_setattr(response, "result", result)
         return response
@@ -385,6 +386,13 @@ def _check_name(what: str, value: str, limit: int) -> None:
         raise BadRequest(f"{what} holds control characters: {printable(value)}")
 
 
+def _check_limits(request: Request) -> None:
+    if request.timeout is not None and not 0 < request.timeout < math.inf:
+        raise BadRequest(f"timeout must be a positive number of seconds, not {request.timeout}")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        raise BadRequest(f"priority must be within {MAX_PRIORITY} of zero, not {request.priority}")
+
+
 def _check_generation(wire: int) -> None:
     if wire not in GENERATIONS:
         raise ValueError(f"wire must be 1, 2 or 3, not {wire!r}")
@@ -403,18 +411,29 @@ def _error_text(error: AcommError | None) -> bytes:
 
 
 def _safe_json(value: Any) -> bytes:
-    """JSON of texts that may hold lone surrogates, as exception messages do."""
+    """JSON of what may hold lone surrogates, as exception messages do, or things that JSON cannot
+    express, as receipts may: an error must reach its caller whatever is in it.
+    """
     try:
         return _quote(value)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
         return _quote(_replaced(value))
 
 
-def _replaced(value: Any) -> Any:
+_MAX_DEPTH = 20
+
+
+def _replaced(value: Any, depth: int = 0) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, bool | float):
+        return value
+    if depth == _MAX_DEPTH:
+        return "..."
     if isinstance(value, dict):
-        return {_replaced(key): _replaced(item) for key, item in value.items()}
+        return {_replaced(str(key)): _replaced(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_replaced(item) for item in value]
-    return value
+        return [_replaced(item, depth + 1) for item in value]
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    return _replaced(printable(repr(value)))

@@ -11,11 +11,8 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import socket
 import stat
-from dataclasses import dataclass
-from pathlib import Path
 
 from acomm.errors import AddressInUse, ConfigError, printable
 from acomm.urls import MAX_UNIX_PATH
@@ -23,31 +20,31 @@ from acomm.urls import MAX_UNIX_PATH
 BACKLOG = 4096
 
 
-def runtime_folder() -> Path:
+def runtime_folder() -> str:
     """Where sockets go by default: `$XDG_RUNTIME_DIR/acomm`, else `/tmp/acomm-<uid>`."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "acomm" if base else Path(f"/tmp/acomm-{os.getuid()}")
+    return os.path.join(base, "acomm") if base else f"/tmp/acomm-{os.getuid()}"
 
 
 def private_path(prefix: str) -> str:
     """A new path in the runtime folder, which is made if need be; nobody else can guess the name."""
     folder = runtime_folder()
     check_folder(folder)
-    return str(folder / f"{prefix}-{os.getpid()}-{secrets.token_hex(6)}.sock")
+    return os.path.join(folder, f"{prefix}-{os.getpid()}-{os.urandom(6).hex()}.sock")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: str) -> None:
     """Make `folder` (0700) if it is missing; refuse one where somebody else could swap our socket.
 
     Raises ConfigError. An existing folder is never chmodded: it is its owner's.
     """
     try:
-        folder.mkdir(mode=0o700, parents=True)
-    except FileExistsError:
-        pass
+        _make_folder(folder)
+        link, info = os.lstat(folder), os.stat(folder)
     except OSError as error:
-        raise ConfigError(f"cannot make the folder {folder}: {error.strerror}") from None
-    info = folder.stat()
+        raise ConfigError(f"cannot use the folder {printable(folder)}: {error.strerror}") from None
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.getuid()):
+        raise ConfigError(f"{folder} is a link of uid {link.st_uid}, who could lead it elsewhere")
     if not stat.S_ISDIR(info.st_mode):
         raise ConfigError(f"{folder} is not a folder")
     if info.st_uid not in (0, os.getuid()):
@@ -60,24 +57,36 @@ def check_folder(folder: Path) -> None:
         )
 
 
-@dataclass
+def _make_folder(folder: str) -> None:
+    """`mkdir -p` that makes every folder 0700: who may write to a parent may swap what is in it."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        _make_folder(os.path.dirname(folder))
+        with contextlib.suppress(FileExistsError):  # somebody else wants it, too
+            os.mkdir(folder, 0o700)
+
+
 class BoundSocket:
     """A listening socket, and what it takes to give its path back."""
 
-    socket: socket.socket
-    path: str
-    lock: int
-    inode: int
+    def __init__(self, sock: socket.socket, path: str, lock: int) -> None:
+        self.socket = sock
+        self.path = path
+        self._lock = lock
+        self._inode = os.stat(path, follow_symlinks=False).st_ino
 
     def release(self) -> None:
         """Close the socket and remove its file, unless another has taken its place."""
         self.socket.close()
         try:
-            if os.stat(self.path, follow_symlinks=False).st_ino == self.inode:
+            if os.stat(self.path, follow_symlinks=False).st_ino == self._inode:
                 os.unlink(self.path)
         except OSError:
             pass  # gone already, or in a folder that is
-        _unlock(self.path, self.lock)
+        _unlock(self.path, self._lock)
 
 
 def bind(path: str, mode: int = 0o600) -> BoundSocket:
@@ -92,7 +101,7 @@ def bind(path: str, mode: int = 0o600) -> BoundSocket:
             f"the socket path is {len(os.fsencode(path))} bytes long, the kernel takes "
             f"{MAX_UNIX_PATH}: {printable(path)}"
         )
-    check_folder(Path(path).parent)
+    check_folder(os.path.dirname(path))
     lock = _lock(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -103,12 +112,14 @@ def bind(path: str, mode: int = 0o600) -> BoundSocket:
         if mode & 0o077:
             os.chmod(path, mode)
         sock.listen(BACKLOG)
-        return BoundSocket(sock, path, lock, os.stat(path, follow_symlinks=False).st_ino)
+        return BoundSocket(sock, path, lock)
     except OSError as error:
         sock.close()
         _unlock(path, lock)
         if isinstance(error, AddressInUse):
             raise
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{printable(path)} was taken by another program just now") from None
         raise ConfigError(f"cannot listen at {printable(path)}: {error.strerror}") from None
 
 
@@ -153,3 +164,8 @@ def _remove_dead(path: str) -> None:
     if info.st_uid not in (0, os.getuid()):
         raise AddressInUse(f"{printable(path)} was left by uid {info.st_uid}; remove it first")
     os.unlink(path)
+
+
+def default_socket() -> str:
+    """The supervisor's socket: `$ACOMM_SOCKET`, else `acomm.sock` in the runtime folder."""
+    return os.environ.get("ACOMM_SOCKET") or os.path.join(runtime_folder(), "acomm.sock")

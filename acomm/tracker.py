@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Protocol
 
 import msgspec
 
@@ -25,13 +26,27 @@ from acomm import handlers
 from acomm.channel import DEFAULT_TIMEOUT, Channels, Outgoing
 from acomm.deadlines import Deadlines
 from acomm.delivery import Delivery
-from acomm.errors import AcommError, BadRequest, CallTimeout, Conflict, ConnectionLost, printable
+from acomm.errors import (
+    AcommError,
+    BadRequest,
+    CallTimeout,
+    Conflict,
+    ConnectionLost,
+    TaskError,
+    printable,
+)
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Request, Response, ok_ack
 from acomm.transport import Done
 from acomm.urls import unix_path
 
 log = logging.getLogger("acomm.tracker")
+
+_LATE = 0.5
+_GRACE = 0.1
+"""Seconds. When our timer is later than that, we were stopped (SIGSTOP, a laptop's lid) or starved, and
+responses that came in time may lie unread: deadlines then move by what was lost and a moment more.
+"""
 
 HANDLER_WAIT = 30.0
 """Seconds that a response's way to its hook waits for the request's handler."""
@@ -43,6 +58,14 @@ _response_acks = {
 
 class _TimedOut(CallTimeout):
     """Our own timer's verdict, told apart from a `timeout` that the service answers."""
+
+
+class Answer(Protocol):
+    """What `Tracker.post` resolves: an asyncio.Future of a Response, or something like it."""
+
+    def done(self) -> bool: ...
+    def set_result(self, result: Response, /) -> None: ...
+    def set_exception(self, exception: BaseException, /) -> None: ...
 
 
 class Tracked:
@@ -89,6 +112,9 @@ class Tracker:
         self._timer: asyncio.TimerHandle | None = None
         self._finishing: set[asyncio.Task[None]] = set()
         self._started = False
+        self._unacknowledged = 0
+        self._all_acknowledged = asyncio.Event()
+        self._all_acknowledged.set()
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -130,14 +156,18 @@ class Tracker:
                 log.warning("stopping with %d requests unanswered", len(self._table))
         for id in list(self._table):
             self.settle(Response(id, error=ConnectionLost("the tracker was stopped")))
-        if self._finishing:
-            await asyncio.wait(self._finishing, timeout=HANDLER_WAIT)
+        await self.finish(HANDLER_WAIT)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.delivery.stop()
         await self._listener.stop(0)
         await self.channels.close()
+
+    async def finish(self, timeout: float) -> None:
+        """Wait, at most `timeout` seconds, until the handlers that run now have ended."""
+        if self._finishing:
+            await asyncio.wait(self._finishing, timeout=timeout)
 
     async def __aenter__(self) -> Tracker:
         await self.start()
@@ -206,8 +236,14 @@ class Tracker:
         self._timer = asyncio.get_running_loop().call_at(when, self._tick)
 
     def _tick(self) -> None:
+        assert self._timer is not None
+        now = asyncio.get_running_loop().time()
+        late = now - self._timer.when()
         self._timer = None
-        for id in self._deadlines.expired(asyncio.get_running_loop().time()):
+        if late > _LATE:
+            log.warning("this process stood still for %.1f s; deadlines move", late)
+            self._deadlines.postpone(late + _GRACE)
+        for id in self._deadlines.expired(now):
             self.settle(Response(id, error=_TimedOut("no response in time")))
         when = self._deadlines.next()
         if when is not None:
@@ -251,12 +287,12 @@ class Tracker:
             await running
 
     async def _run_handlers(self, request: Request, response: Response) -> None:
-        try:
-            for handler in self._handlers_of(request, response):
+        for handler in self._handlers_of(request, response):
+            try:
                 await handlers.run(handler, request, response, executor=self._executor)
-        except Exception:
-            self.handler_errors += 1
-            log.exception("a handler of task %s failed", printable(request.task))
+            except Exception:
+                self.handler_errors += 1
+                log.exception("a handler of task %s failed", printable(request.task))
 
     def _handlers_of(self, request: Request, response: Response) -> list[Handler]:
         succeeded = response.error is None
@@ -268,27 +304,38 @@ class Tracker:
         return found
 
     def _pass_on(self, entry: Tracked, response: Response) -> None:
+        """Tell whoever waits. Never raises: those who settle have others to settle."""
         request = entry.request
         if entry.resolve is not None:
-            entry.resolve(response)
+            try:
+                entry.resolve(response)
+            except Exception:
+                log.exception("what waited for the response %s failed", printable(response.id))
         if entry.proxied and request.response_hook is not None:
-            self.delivery.post(request.response_hook, response, request.wire)
+            try:
+                self._deliver(request, response)
+            except TypeError as error:
+                log.error("the result of task %s cannot be sent: %s", printable(request.task), error)
+                self._deliver(request, Response(request.id, error=TaskError(str(error))))
+
+    def _deliver(self, request: Request, response: Response) -> None:
+        assert request.response_hook is not None
+        # Whether to say more is for the one who asked, not for the one who answered.
+        self.delivery.post(request.response_hook, response, request.wire, extended=request.extended)
 
     def _message(self, conn: Connection, data: bytes) -> None:
         """A response has come in at our socket: acknowledge it, then settle it."""
         try:
             response = Response.decode(data)
         except BadRequest as error:
+            log.warning("a response from pid %d is not readable: %s", conn.peer.pid, printable(error))
             if not conn.raw:
                 conn.write_message(Response("", error=error).encode(3))
             return
         if not conn.raw:
             wire = 2 if b'"stream_url"' in data else 3
             conn.acknowledge(_response_acks[wire, response.extended], grants=response.extended)
-        try:
-            self.settle(response)
-        except Exception:
-            log.exception("the response %s could not be handled", printable(response.id))
+        self.settle(response)
 
     # -- requests -----------------------------------------------------------------------------------
 
@@ -321,9 +368,7 @@ class Tracker:
             raise response.error
         return response
 
-    def post(
-        self, url: str, request: Request, answer: asyncio.Future[Response], timeout: float | None = None
-    ) -> str:
+    def post(self, url: str, request: Request, answer: Answer, timeout: float | None = None) -> str:
         """Send `request` and have `answer` resolved with its response, or with the error of a refused
         acknowledgement. Returns the id.
         """
@@ -339,17 +384,27 @@ class Tracker:
                 answer.set_result(response)
 
         def acknowledged(error: AcommError | None) -> None:
+            self._unacknowledged -= 1
+            if not self._unacknowledged:
+                self._all_acknowledged.set()
             if error is not None and self._take(id) is not None and not answer.done():
                 answer.set_exception(error)
 
         self.track(request, timeout, resolve=resolve)
         expected = ok_ack(msgspec.json.encode(id), self.wire, True)
+        self._unacknowledged += 1
+        self._all_acknowledged.clear()
         try:
             self.channels.post(
                 url,
                 Outgoing(payload, acknowledged, wire=self.wire, extended=self.wire > 1, expected=expected),
             )
-        except BaseException:
+        except BaseException as error:
             self._take(id)
+            acknowledged(error if isinstance(error, AcommError) else None)
             raise
         return id
+
+    async def acknowledged(self) -> None:
+        """Wait until every request that was sent has been acknowledged or has failed."""
+        await self._all_acknowledged.wait()

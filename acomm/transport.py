@@ -46,7 +46,9 @@ class FrameProtocol(asyncio.Protocol):
 
     Subclasses take them in `message_received` and send with `write_message`. What is written in one
     turn of the event loop leaves in one system call, header and body together (Go peers take a split
-    header for garbage). While the peer does not read, we do not read from it either.
+    header for garbage).
+
+    `owed` is how many messages received have had none sent in return.
     """
 
     transport: asyncio.Transport
@@ -55,11 +57,16 @@ class FrameProtocol(asyncio.Protocol):
         self.framer = Framer(max_frame)
         self.closed = False
         self.peer_finished = False
+        self.owed = 0
         self._loop = asyncio.get_running_loop()
         self._output: list[bytes] = []
         self._flush_due = False
         self._receiving = False
         self._drained: asyncio.Event | None = None
+        self._deaf = False
+        self._finish_when_answered = False
+        self._stuck_since: float | None = None
+        self._stuck_with = 0
 
     # -- for subclasses ---------------------------------------------------------------------------
 
@@ -72,6 +79,7 @@ class FrameProtocol(asyncio.Protocol):
 
     def write_message(self, payload: bytes) -> None:
         """Send `payload` as a length frame, soon."""
+        self.owed -= 1
         self._output.append(HEADER.pack(len(payload)))
         self.write_raw(payload)
 
@@ -82,12 +90,29 @@ class FrameProtocol(asyncio.Protocol):
             self._loop.call_soon(self._flush)
 
     def finish(self) -> None:
-        """Close once everything written has left."""
+        """Close once everything written has left; what still comes is dropped."""
+        self._deaf = True
         self._flush()
         if not self.closed:
+            self._stuck()
             self.transport.close()
 
+    def finish_when_answered(self) -> None:
+        """`finish` once nothing is owed: a peer that has closed its half still reads its answers."""
+        if self.owed > 0:
+            self._finish_when_answered = True
+            self._stuck()
+        else:
+            self.finish()
+
+    def keep(self) -> None:
+        """Take back `finish_when_answered`, unless the peer has finished."""
+        if self._finish_when_answered and not self.peer_finished:
+            self._finish_when_answered = False
+            self._stuck_since = None if self._drained is None else self._stuck_since
+
     def abort(self) -> None:
+        self._deaf = True
         if not self.closed:
             self.transport.abort()
 
@@ -96,6 +121,18 @@ class FrameProtocol(asyncio.Protocol):
         self._flush()
         if self._drained is not None:
             await self._drained.wait()
+
+    def stuck_for(self, now: float) -> float:
+        """Seconds for which nothing has moved on a connection that we want to be rid of, or whose peer
+        leaves what we write unread.
+        """
+        if self._stuck_since is None:
+            return 0.0
+        size = self.write_buffer_size
+        if size < self._stuck_with:  # it does read, if slowly
+            self._stuck_since = now
+        self._stuck_with = size
+        return now - self._stuck_since
 
     @property
     def write_buffer_size(self) -> int:
@@ -107,6 +144,8 @@ class FrameProtocol(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         failure: Exception | None = None
         try:
             messages = self.framer.receive(data)
@@ -116,6 +155,8 @@ class FrameProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.peer_finished = True
+        if self._deaf:
+            return True
         failure: Exception | None = None
         messages: list[bytes] = []
         try:
@@ -133,9 +174,12 @@ class FrameProtocol(asyncio.Protocol):
 
     def _deliver(self, messages: list[bytes], failure: Exception | None) -> None:
         self._receiving = True
+        self.owed += len(messages)
         try:
             for message in messages:
                 self.message_received(message)
+                if self._deaf:
+                    return
             if failure is not None:
                 self.framing_failed(failure)
         finally:
@@ -149,18 +193,40 @@ class FrameProtocol(asyncio.Protocol):
             self._output.clear()
             if not self.closed and not self.transport.is_closing():
                 self.transport.write(data)
+        if self._finish_when_answered and self.owed <= 0:
+            self._finish_when_answered = False
+            self.finish()
+
+    def may_read(self) -> bool:
+        """Whether more may come in; asked by `read_or_hold`."""
+        return self._drained is None
+
+    def read_or_hold(self) -> None:
+        """Read on, or let the peer wait in its own `write`."""
+        if self.closed or self.peer_finished or self.transport.is_closing():
+            return
+        if self.may_read():
+            self.transport.resume_reading()
+        else:
+            self.transport.pause_reading()
 
     def pause_writing(self) -> None:
         self._drained = asyncio.Event()
-        if not self.closed and not self.peer_finished:
-            self.transport.pause_reading()
+        self._stuck()
+        self.read_or_hold()
 
     def resume_writing(self) -> None:
         if self._drained is not None:
             self._drained.set()
             self._drained = None
-        if not self.closed and not self.peer_finished:
-            self.transport.resume_reading()
+        if not self._deaf:
+            self._stuck_since = None
+        self.read_or_hold()
+
+    def _stuck(self) -> None:
+        if self._stuck_since is None:
+            self._stuck_since = self._loop.time()
+            self._stuck_with = self.write_buffer_size
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True

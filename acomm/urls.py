@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from typing import Any
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from acomm.errors import BadRequest, printable
+
+# urllib.parse costs a tenth of `import acomm`, and unix URLs do without it: imported where used.
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
 
 HOOK_SCHEMES = frozenset({"unix", "http", "https"})
 MAX_URL = 8192
 MAX_UNIX_PATH = 107
 """Bytes; the kernel's `sun_path` holds 108 with the closing NUL."""
 
+_MAX_CACHED = 1024
 _go_path_safe = "/$&+,:;=@!~*'()"  # what Go's EscapedPath leaves alone, besides letters and digits
 _plain_unix_path = re.compile(r"[A-Za-z0-9/._~$&+,:;=@-]*")
 _empty: dict[str, Any] = {
@@ -85,6 +89,8 @@ def check(url: str, what: str) -> None:
 
 
 def _split(url: str, what: str) -> SplitResult:
+    from urllib.parse import urlsplit
+
     try:
         parts = urlsplit(url)
         _ = parts.port  # parsed on access
@@ -104,6 +110,8 @@ def encode(url: str | None) -> bytes:
         members["Scheme"] = "unix"
         members["Path" if _plain_unix_path.fullmatch(path) else "Opaque"] = path
         return msgspec.json.encode(members)
+    from urllib.parse import quote, unquote
+
     parts = _split(url, "the URL")
     decoded = unquote(parts.path)
     members["Scheme"] = parts.scheme
@@ -117,10 +125,13 @@ def encode(url: str | None) -> bytes:
 
 def decode(raw: msgspec.Raw | None, what: str) -> str | None:
     """The URL of a Go URL object or a plain string; None for `null` or nothing. Raises BadRequest."""
-    return None if raw is None else _decode(bytes(raw), what)
+    if raw is None:
+        return None
+    data = bytes(raw)
+    # Strangers choose what comes here, so the cache keeps nothing large.
+    return _decode(data, what) if len(data) > _MAX_CACHED else _decode_cached(data, what)
 
 
-@lru_cache(maxsize=1024)
 def _decode(data: bytes, what: str) -> str | None:
     if len(data) > 6 * MAX_URL:
         raise BadRequest(f"{what} is longer than {6 * MAX_URL} bytes")
@@ -138,6 +149,9 @@ def _decode(data: bytes, what: str) -> str | None:
     return value
 
 
+_decode_cached = lru_cache(maxsize=1024)(_decode)
+
+
 def _from_members(members: dict[str, Any], what: str) -> str:
     url = dict(_empty)
     for key, value in members.items():
@@ -153,5 +167,7 @@ def _from_members(members: dict[str, Any], what: str) -> str:
         return unix_url((url["Opaque"] or url["RawPath"] or url["Path"]) + query)
     if url["Opaque"]:
         return f"{scheme}:{url['Opaque']}{query}"
+    from urllib.parse import quote
+
     path = url["RawPath"] or quote(url["Path"], safe=_go_path_safe)
     return f"{scheme}://{url['Host']}{path}{query}"

@@ -1,1 +1,49 @@
-"""workers."""
+"""workers: a supervisor and its pool of worker processes, for CPU-heavy Python tasks.
+
+Importing it is cheap: names are loaded when they are first used, so that a worker process, or a module
+that only wants `@task`, does not load the supervisor.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workers.config import Config
+    from workers.launch import launch
+    from workers.registry import Registry, Retry, Task, task
+    from workers.running import Context, context
+    from workers.supervisor import Supervisor
+
+_homes = {
+    "Config": "workers.config",
+    "Context": "workers.running",
+    "Registry": "workers.registry",
+    "Retry": "workers.registry",
+    "Supervisor": "workers.supervisor",
+    "Task": "workers.registry",
+    "context": "workers.running",
+    "launch": "workers.launch",
+    "task": "workers.registry",
+}
+
+__all__ = [
+    "Config",
+    "Context",
+    "Registry",
+    "Retry",
+    "Supervisor",
+    "Task",
+    "context",
+    "launch",
+    "task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _homes:
+        raise AttributeError(f"module 'workers' has no attribute {name!r}")
+    value = getattr(import_module(_homes[name]), name)
+    globals()[name] = value
+    return value

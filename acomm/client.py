@@ -1,0 +1,344 @@
+"""connect(): calls to a supervisor, from programs with an event loop and without.
+
+One thread runs an event loop with a Tracker in it; callers of any thread hand it requests, and their
+Calls are resolved there. What callers write down while that thread is busy leaves in one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from typing import Any, Protocol, runtime_checkable
+
+import msgspec
+
+from acomm import jsontext
+from acomm.errors import AcommError, BadRequest, ConnectionLost
+from acomm.messages import Handler, Handlers, Request, Response
+from acomm.socketpath import default_socket
+from acomm.tracker import Tracker
+from acomm.urls import check, unix_url
+
+log = logging.getLogger("acomm.client")
+
+Decode = Callable[[Any], Any]
+
+
+@runtime_checkable
+class TaskLike(Protocol):
+    """A task that is known by more than its name: it writes its arguments and reads its results."""
+
+    name: str
+
+    def encode_args(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes: ...
+    def decode_result(self, raw: Any) -> Any: ...
+
+
+def default_url() -> str:
+    """`$ACOMM_URL`, else the default socket's URL."""
+    return os.environ.get("ACOMM_URL") or unix_url(default_socket())
+
+
+def connect(url: str | None = None, **options: Any) -> Client:
+    """A client of the supervisor at `url` (None: `$ACOMM_URL`, else the default socket).
+
+        with connect() as client:
+            print(client.call("add", 1, 2))
+
+    Use it in `with` or `async with`, or close it. Nothing is sent before the first call.
+    """
+    return Client(url, **options)
+
+
+class Call(Future[Any]):
+    """A call under way: a `concurrent.futures.Future` that can also be awaited. `id` is the request's."""
+
+    def __init__(self, client: Client, id: str, decode: Decode | None) -> None:
+        super().__init__()
+        self.id = id
+        self._client = client
+        self._decode = decode
+
+    def cancel(self) -> bool:
+        """Stop waiting, and have the supervisor stop the task, even one that runs. False if it is done."""
+        if not super().cancel():
+            return False
+        self._client._cancel_remote(self.id)
+        return True
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self).__await__()
+
+    def _resolve(self, response: Response) -> None:
+        if not self.set_running_or_notify_cancel():
+            return
+        if response.error is not None:
+            self.set_exception(response.error)
+            return
+        try:
+            raw = b"null" if response.result is None else memoryview(response.result)
+            self.set_result(jsontext.parse(raw, "result") if self._decode is None else self._decode(raw))
+        except Exception as error:
+            self.set_exception(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if self.set_running_or_notify_cancel():
+            self.set_exception(error)
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What `using` sets for the calls of a client's view."""
+
+    timeout: float | None = None
+    priority: int = 0
+    handlers: Handlers | None = None
+
+
+class Submitter:
+    """The calls that a client and its views offer."""
+
+    _client: Client
+    _options: Options
+
+    def submit(self, task: str | TaskLike, /, *args: Any, **kwargs: Any) -> Call:
+        """Send a call; returns at once.
+
+        `task` is a name or a Task. A name takes positional arguments or keywords; a Task, which knows its
+        signature, mixes both. Raises TypeError for arguments that do not fit a Task or JSON, RuntimeError
+        when the client is closed. What goes wrong later is the Call's error.
+        """
+        if isinstance(task, str):
+            if args and kwargs:
+                raise TypeError("a task's name takes positional arguments or keywords, not both")
+            given: Any = args or kwargs or None
+            encoded = b"null" if given is None else jsontext.encode(given, "args")
+            return self._client._submit(task, encoded, self._options, None)
+        return self._client._submit(
+            task.name, task.encode_args(args, kwargs), self._options, task.decode_result
+        )
+
+    def call(self, task: str | TaskLike, /, *args: Any, **kwargs: Any) -> Any:
+        """Send a call and wait for its result. Raises the task's error as TaskError, and the others as
+        `acomm.errors` has them.
+        """
+        return self.submit(task, *args, **kwargs).result()
+
+    def using(
+        self,
+        *,
+        timeout: float | None = None,
+        priority: int | None = None,
+        on_success: Handler | None = None,
+        on_error: Handler | None = None,
+    ) -> View:
+        """A view of this client whose calls have these options.
+
+        `timeout` is in seconds from acceptance. Handlers are pickled here and now, and run in the
+        supervisor: an unpicklable one raises HandlerError, which names what is in the way.
+        """
+        before = self._options
+        if timeout is not None and not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+        options = Options(
+            before.timeout if timeout is None else timeout,
+            before.priority if priority is None else priority,
+            Handlers.pack(on_success, on_error) or before.handlers,
+        )
+        return View(self._client, options)
+
+
+class View(Submitter):
+    """A client with options: see `Submitter.using`. It needs no closing of its own."""
+
+    def __init__(self, client: Client, options: Options) -> None:
+        self._client = client
+        self._options = options
+
+
+class Client(Submitter):
+    """A connection to a supervisor, for any number of threads and event loops. See `connect`."""
+
+    def __init__(self, url: str | None = None, *, default_timeout: float = 3600.0) -> None:
+        self.url = url or default_url()
+        check(self.url, "the supervisor's URL")
+        self._client = self
+        self._options = Options()
+        self._default_timeout = default_timeout
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._outbox: deque[tuple[Call | None, Request]] = deque()
+        self._calls: dict[str, Call] = {}
+        self._pump_due = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Client {self.url}, {len(self._calls)} calls>"
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The tasks that the supervisor serves, with the JSON Schema of their arguments."""
+        found: list[dict[str, Any]] = self.call("acomm.tasks")
+        return found
+
+    def stats(self) -> dict[str, Any]:
+        """The supervisor's figures."""
+        found: dict[str, Any] = self.call("acomm.stats")
+        return found
+
+    def cancel(self, id: str) -> bool:
+        """Stop the call with that request id, even a running one. Whether there was one."""
+        return bool(self.call("acomm.cancel", id))
+
+    def close(self) -> None:
+        """End the client: wait until what was submitted is acknowledged, so that the supervisor has it;
+        calls that have no answer by then fail with ConnectionLost.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            loop, thread = self._loop, self._thread
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(self._stopped.set)
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    # -- any thread ---------------------------------------------------------------------------------
+
+    def _submit(self, task: str, args: bytes, options: Options, decode: Decode | None) -> Call:
+        request = Request(
+            task,
+            msgspec.Raw(args),
+            timeout=options.timeout,
+            priority=options.priority,
+            handlers=options.handlers,
+        )
+        request.validate()
+        call = Call(self, request.id, decode)
+        self._post(call, request)
+        return call
+
+    def _cancel_remote(self, id: str) -> None:
+        try:
+            self._post(None, Request("acomm.cancel", [id]))
+        except RuntimeError:
+            pass  # closed: the supervisor learns nothing more from us
+
+    def _post(self, call: Call | None, request: Request) -> None:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the client is closed")
+            if self._loop is None:
+                self._start()
+            assert self._loop is not None
+            self._outbox.append((call, request))
+            if not self._pump_due:
+                self._pump_due = True
+                self._loop.call_soon_threadsafe(self._pump)
+
+    def _start(self) -> None:
+        self._loop = _new_loop()
+        self._stopped = asyncio.Event()
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="acomm-client", daemon=True)
+        self._thread.start()
+        try:
+            self._ready.result()
+        except BaseException:
+            self._loop = self._thread = None
+            raise
+
+    # -- the client's own thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        assert self._loop is not None
+        loop = self._loop
+        try:
+            loop.run_until_complete(self._serve())
+        finally:
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+    async def _serve(self) -> None:
+        self._tracker = Tracker(default_timeout=self._default_timeout)
+        try:
+            await self._tracker.start()
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        await self._stopped.wait()
+        self._pump()
+        await self._tracker.acknowledged()
+        await self._tracker.stop(0)
+        for call in list(self._calls.values()):
+            call._fail(ConnectionLost("the client was closed"))
+
+    def _pump(self) -> None:
+        with self._lock:
+            self._pump_due = False
+            waiting, self._outbox = self._outbox, deque()
+        for call, request in waiting:
+            try:
+                self._tracker.post(self.url, request, _Answer(self._calls, call, request.id))
+            except AcommError as error:
+                if call is not None:
+                    call._fail(error)
+            except Exception as error:
+                log.exception("a request could not be sent")
+                if call is not None:
+                    call._fail(BadRequest(f"the request could not be sent: {error}"))
+
+
+class _Answer:
+    """What a Tracker resolves: passes on to the Call."""
+
+    __slots__ = ("call", "calls", "id")
+
+    def __init__(self, calls: dict[str, Call], call: Call | None, id: str) -> None:
+        self.calls = calls
+        self.call = call
+        self.id = id
+        if call is not None:
+            calls[id] = call
+
+    def done(self) -> bool:
+        return self.call is None
+
+    def set_result(self, response: Response) -> None:
+        if (call := self._take()) is not None:
+            call._resolve(response)
+
+    def set_exception(self, error: BaseException) -> None:
+        if (call := self._take()) is not None:
+            call._fail(error)
+
+    def _take(self) -> Call | None:
+        call, self.call = self.call, None
+        self.calls.pop(self.id, None)
+        return call
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

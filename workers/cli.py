@@ -1,0 +1,304 @@
+"""The `acomm` command. It reads words and prints; what it does is done elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from acomm.client import Call, Client, connect
+from acomm.errors import AcommError, AddressInUse, ConfigError, HandlerError
+from workers.config import Config
+from workers.errors import printable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script's entry. Exit status: 0 done, 1 the call failed, 2 it could not be tried."""
+    cli.main(args=None if arguments is None else list(arguments), prog_name="acomm")
+
+
+def _reporting(function: F) -> F:
+    """Errors of ours as one line on stderr, and the right exit status."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ConfigError, AddressInUse, HandlerError) as error:
+            _fail(error, EXIT_USAGE)
+        except AcommError as error:
+            _fail(error, EXIT_FAILED)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _fail(error: AcommError, status: int) -> None:
+    text = printable(str(error), 2000)
+    code = f" [{error.code}]" if error.code not in ("error", "config", "address_in_use") else ""
+    click.echo(f"acomm: {text}{code}", err=True)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("acomm"), prog_name="acomm")
+def cli() -> None:
+    """Run Python tasks in supervised worker processes; call them from any language by a unix socket."""
+
+
+url_option = click.option(
+    "--url",
+    metavar="URL",
+    help="The supervisor, as unix://PATH.  [default: $ACOMM_URL, else its default socket]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@cli.command()
+@click.argument("modules", nargs=-1, metavar="MODULE...")
+@click.option("-w", "--workers", type=int, help="Worker processes.  [default: the CPUs that may be used]")
+@click.option(
+    "--socket", metavar="PATH", help="Where to listen.  [default: $ACOMM_SOCKET, else a private folder]"
+)
+@click.option(
+    "--allow-uid", type=int, multiple=True, metavar="UID", help="Who may connect, besides you and root."
+)
+@click.option("--allow-group", type=int, multiple=True, metavar="GID", help="Groups that may connect.")
+@click.option("--max-frame", type=int, metavar="BYTES", help="The largest message.  [default: 64 MiB]")
+@click.option(
+    "--drain-timeout", type=float, metavar="SECONDS", help="Time to finish at SIGTERM.  [default: 10]"
+)
+@click.option(
+    "--config", "file", metavar="FILE", help="Settings in TOML; options and ACOMM_* come before them."
+)
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+@click.option("--until-eof", is_flag=True, help="Stop also when standard input ends.")
+@_reporting
+def serve(
+    modules: tuple[str, ...],
+    allow_uid: tuple[int, ...],
+    allow_group: tuple[int, ...],
+    file: str | None,
+    log_level: str,
+    until_eof: bool,
+    **given: Any,
+) -> None:
+    """Serve the tasks of MODULE (an import path, or a .py file) until SIGTERM."""
+    from workers.supervisor import Supervisor
+
+    logging.basicConfig(
+        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    lists = {"modules": modules or None, "allow_uid": allow_uid or None, "allow_gid": allow_group or None}
+    config = Config.load({**given, **lists}, file=file)
+    Supervisor(config=config).run(_announce, until_eof=until_eof)
+
+
+def _announce(supervisor: Any) -> None:
+    workers, tasks = supervisor.pool.size, len(supervisor.registry)
+    click.echo(
+        f"acomm: ready on {supervisor.url} with {_count(workers, 'worker')} and {_count(tasks, 'task')}"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+@cli.command()
+@click.argument("task")
+@click.argument("arguments", nargs=-1, metavar="[JSON... | KEY=VALUE...]")
+@url_option
+@click.option("--timeout", type=float, metavar="SECONDS", help="Give up after that long, queueing included.")
+@_reporting
+def call(task: str, arguments: tuple[str, ...], url: str | None, timeout: float | None) -> None:
+    """Call TASK and print its result as JSON.
+
+    One JSON object gives keyword arguments, one array positional ones; any other JSON values are
+    positional arguments. VALUE is read as JSON where that fits the task's type hint, else as text.
+    """
+    if timeout is not None and not 0 < timeout < float("inf"):
+        raise click.UsageError("--timeout must be a positive number of seconds")
+    with connect(url) as client:
+        args, kwargs = _read_arguments(client, task, arguments)
+        _echo_json(_wait(client.using(timeout=timeout).submit(task, *args, **kwargs)))
+
+
+def _wait(call: Call) -> Any:
+    try:
+        return call.result()
+    except KeyboardInterrupt:
+        call.cancel()  # whoever interrupts a call wants the task to stop, not to run on unheard
+        raise
+
+
+def _read_arguments(
+    client: Client, task: str, arguments: Sequence[str]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    values: list[Any] = []
+    named: dict[str, str] = {}
+    for text in arguments:
+        try:
+            values.append(msgspec.json.decode(text.encode()))
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                raise click.UsageError(f"{printable(text)} is neither JSON nor KEY=VALUE") from None
+            if key in named:
+                raise click.UsageError(f"{printable(key)} is given twice") from None
+            named[key] = value
+    if named and values:
+        raise click.UsageError("give JSON values or KEY=VALUE pairs, not both")
+    if named:
+        schema = _argument_schemas(client, task)
+        return (), {key: _read_value(text, schema.get(key)) for key, text in named.items()}
+    if len(values) == 1 and isinstance(values[0], dict):
+        return (), values[0]
+    if len(values) == 1 and isinstance(values[0], list):
+        return values[0], {}
+    return values, {}
+
+
+def _argument_schemas(client: Client, task: str) -> dict[str, Any]:
+    for known in client.tasks():
+        if known["name"] == task:
+            properties: dict[str, Any] = known["args"].get("properties", {})
+            return properties
+    return {}
+
+
+def _read_value(text: str, schema: dict[str, Any] | None) -> Any:
+    """A value from the command line: JSON where that fits the parameter's schema, else text."""
+    try:
+        value = msgspec.json.decode(text.encode())
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return text
+    wanted = _json_types(schema)
+    if wanted is None or not {"string"} & wanted:
+        return value
+    kind = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    found = kind.get(type(value), "null")
+    return value if found in wanted or (found == "integer" and "number" in wanted) else text
+
+
+def _json_types(schema: dict[str, Any] | None) -> set[str] | None:
+    """The JSON types that a schema names; None where it leaves that open."""
+    if not schema:
+        return None
+    if "type" in schema:
+        types = schema["type"]
+        return {types} if isinstance(types, str) else set(types)
+    if "enum" in schema:
+        return {"string"} if any(isinstance(item, str) for item in schema["enum"]) else None
+    found: set[str] = set()
+    for part in schema.get("anyOf", ()):
+        types = _json_types(part)
+        if types is None:
+            return None
+        found |= types
+    return found or None
+
+
+@cli.command()
+@url_option
+@json_option
+@_reporting
+def tasks(url: str | None, as_json: bool) -> None:
+    """List the tasks that are served."""
+    with connect(url) as client:
+        found = client.tasks()
+    if as_json:
+        _echo_json(found)
+        return
+    rows = [(task["name"], _signature(task), task.get("doc") or "") for task in found]
+    _echo_table(("task", "arguments", "what it does"), rows)
+
+
+def _signature(task: dict[str, Any]) -> str:
+    schema = task["args"]
+    required = set(schema.get("required", ()))
+    parts = []
+    for name, value in schema.get("properties", {}).items():
+        types = "|".join(sorted(_json_types(value) or {"any"}))
+        parts.append(f"{name}: {types}" if name in required else f"[{name}: {types}]")
+    return ", ".join(parts)
+
+
+@cli.command()
+@url_option
+@json_option
+@_reporting
+def stats(url: str | None, as_json: bool) -> None:
+    """Show the supervisor's figures."""
+    with connect(url) as client:
+        found = client.stats()
+    if as_json:
+        _echo_json(found)
+        return
+    workers = found.pop("workers")
+    _echo_table(("figure", "value"), [(name, _plain(value)) for name, value in found.items()])
+    rows = [[_plain(value) for value in worker.values()] for worker in workers]
+    _echo_table(tuple(workers[0]) if workers else ("workers",), rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "-" if value is None else str(value)
+
+
+@cli.command()
+@click.argument("id")
+@url_option
+@_reporting
+def cancel(id: str, url: str | None) -> None:
+    """Stop the request with that ID, even while it runs."""
+    with connect(url) as client:
+        if not client.cancel(id):
+            raise AcommError(f"no request {printable(id)} is under way")
+
+
+@cli.command()
+@click.option("-w", "--workers", type=int, help="Worker processes.  [default: the CPUs that may be used]")
+@click.option("--quick", is_flag=True, help="Leave out the standard library's tests: a third of the work.")
+@_reporting
+def demo(workers: int | None, quick: bool) -> None:
+    """Analyse the standard library's source in worker processes, and kill one half-way."""
+    from workers.demo import run
+
+    sys.exit(run(workers=workers, quick=quick))
+
+
+def _echo_json(value: Any) -> None:
+    click.echo(msgspec.json.encode(value).decode())
+
+
+def _echo_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table for people; on anything but a terminal, tab-separated lines for programs."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(printable(cell, 10_000) for cell in row))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)

@@ -1,0 +1,100 @@
+"""One frozen Config; the command line, the environment and a TOML file all derive from its fields."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from acomm.framing import DEFAULT_MAX_FRAME, LARGEST_MAX_FRAME
+from acomm.socketpath import default_socket
+from workers.errors import ConfigError
+
+PREFIX = "ACOMM_"
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Uid = Annotated[int, msgspec.Meta(ge=0)]
+
+
+def available_cpus() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a supervisor.
+
+    `workers` processes (default: the processors that we may use); `socket` is a path; `allow_uid` and
+    `allow_gid` may connect besides us and root; `max_frame` in bytes; `drain_timeout` in seconds.
+    """
+
+    modules: tuple[str, ...] = ()
+    workers: Count = msgspec.field(default_factory=available_cpus)
+    socket: str = msgspec.field(default_factory=default_socket)
+    allow_uid: tuple[Uid, ...] = ()
+    allow_gid: tuple[Uid, ...] = ()
+    max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
+    drain_timeout: Seconds = 10.0
+
+    @classmethod
+    def load(
+        cls,
+        given: Mapping[str, Any],
+        *,
+        file: str | os.PathLike[str] | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> Config:
+        """Settings from `given` (those that are not None), then `ACOMM_<FIELD>`, then the TOML `file`.
+
+        Raises ConfigError, which names the setting and where it came from.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            values.update(_from_file(Path(file)))
+        for name in cls.__struct_fields__:
+            text = environ.get(PREFIX + name.upper())
+            if text:
+                values[name] = _from_text(cls, name, text)
+        values.update({name: value for name, value in given.items() if value is not None})
+        return _convert(cls, values, "settings")
+
+    @property
+    def socket_mode(self) -> int:
+        """0600, or wider where others are allowed, whom the kernel then tells apart for us."""
+        return 0o666 if self.allow_uid else 0o660 if self.allow_gid else 0o600
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    # Other programs may share the file, so a table of our own is looked for first.
+    table = values.get("acomm", values)
+    _convert(Config, table, str(path))
+    return dict(table)
+
+
+def _from_text(cls: type[Config], name: str, text: str) -> Any:
+    """A setting from the environment; lists are separated by commas."""
+    field = next(field for field in msgspec.structs.fields(cls) if field.name == name)
+    listed = isinstance(msgspec.inspect.type_info(field.type), msgspec.inspect.VarTupleType)
+    value: Any = [part.strip() for part in text.split(",") if part.strip()] if listed else text
+    try:
+        return msgspec.convert(value, field.type, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{PREFIX}{name.upper()}: {error}") from None
+
+
+def _convert(cls: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    try:
+        return msgspec.convert(dict(values), cls)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None

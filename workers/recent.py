@@ -1,0 +1,83 @@
+"""Which ids were seen lately, with what content, and what came of them: repeats and conflicts. Pure."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import msgspec
+
+from acomm.messages import Request, Response
+
+KEEP_SECONDS = 600.0
+KEEP_IDS = 100_000
+KEEP_BYTES = 64 * 1024 * 1024
+"""Bytes of results kept for repeats, in all."""
+
+
+def digest(request: Request) -> int:
+    """A number that two requests share when their task, argument bytes and hook are the same."""
+    args = request.args
+    raw = bytes(args) if isinstance(args, msgspec.Raw) else args
+    return hash((request.task, raw, request.response_hook))
+
+
+class Done(NamedTuple):
+    """An id whose request has been answered."""
+
+    digest: int
+    when: float
+    response: Response
+    size: int
+
+
+class Recent:
+    """The ids in flight, and the ids answered in the last KEEP_SECONDS with their answers."""
+
+    def __init__(
+        self, *, seconds: float = KEEP_SECONDS, ids: int = KEEP_IDS, max_bytes: int = KEEP_BYTES
+    ) -> None:
+        self._seconds = seconds
+        self._ids = ids
+        self._max_bytes = max_bytes
+        self._in_flight: dict[str, int] = {}
+        self._done: OrderedDict[str, Done] = OrderedDict()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._in_flight) + len(self._done)
+
+    def begin(self, id: str, digest: int) -> None:
+        """An id that is not known has been accepted."""
+        self._in_flight[id] = digest
+
+    def known(self, id: str) -> int | None:
+        """The digest of a known id."""
+        digest = self._in_flight.get(id)
+        if digest is not None:
+            return digest
+        done = self._done.get(id)
+        return None if done is None else done.digest
+
+    def answer(self, id: str) -> Response | None:
+        """The answer that was given under an id."""
+        done = self._done.get(id)
+        return None if done is None else done.response
+
+    def finish(self, response: Response, now: float) -> None:
+        """The request of `response` has been answered. The oldest answers make room."""
+        digest = self._in_flight.pop(response.id, None)
+        if digest is None:
+            return
+        size = len(memoryview(response.result)) if isinstance(response.result, msgspec.Raw) else 0
+        self._done[response.id] = Done(digest, now, response, size)
+        self._bytes += size
+        while self._done:
+            oldest = next(iter(self._done.values()))
+            if (
+                oldest.when > now - self._seconds
+                and len(self._done) <= self._ids
+                and self._bytes <= self._max_bytes
+            ):
+                break
+            self._bytes -= self._done.popitem(last=False)[1].size

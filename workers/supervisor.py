@@ -1,0 +1,497 @@
+"""The supervisor: takes requests at its socket, has them run, runs their handlers, answers their hooks.
+
+    unix socket --> _message --> accept --> Pool.submit        every refusal is the acknowledgement's
+                       |  ack      |
+                       v           +--> Recent, Tracker.track
+                     peer
+    Pool.process_events --> _ended --> Tracker.settle --> handlers --> hook
+
+One event loop does all of it; only handlers run in threads. What is accepted is on the Tracker's table
+until its outcome, so that it is answered exactly once, whatever happens to workers meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import gc
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from acomm import handlers
+from acomm.errors import AcommError
+from acomm.jsontext import parse
+from acomm.listener import Connection, Peer, UnixListener
+from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.tracker import Tracker
+from workers.calls import Call, Outcome
+from workers.config import Config
+from workers.errors import (
+    BadArgs,
+    BadRequest,
+    Busy,
+    ConfigError,
+    Conflict,
+    Forbidden,
+    ShuttingDown,
+    UnknownTask,
+    printable,
+)
+from workers.pool import Pool
+from workers.recent import Recent, digest
+from workers.registry import RESERVED, Registry, Task
+
+log = logging.getLogger("acomm.supervisor")
+
+HANDLER_THREADS = 32
+START_TIMEOUT = 60.0
+LAST_POSTS = 1.0
+"""Seconds that a stopping supervisor gives its last responses to reach their hooks."""
+
+_quote = msgspec.json.encode
+
+
+class Supervisor:
+    """Serves the tasks of `modules` with a pool of worker processes.
+
+        async with Supervisor("app.tasks", workers=2, socket="/run/app/acomm.sock"):
+            ...
+        Supervisor("app.tasks").run()      # until SIGTERM or SIGINT
+
+    The settings are those of `Config`. Raises ConfigError for what cannot be served, AddressInUse when
+    another supervisor is alive at the socket.
+    """
+
+    def __init__(self, *modules: str, **settings: Any) -> None:
+        config = settings.pop("config", None)
+        self.config: Config = config or Config.load({"modules": modules or None, **settings}, environ={})
+        if not self.config.modules:
+            raise ConfigError("no modules: name at least one that has tasks")
+        self.registry = Registry.from_modules(self.config.modules)
+        self.pool = Pool(
+            self.registry.modules,
+            self.registry.paths,
+            workers=self.config.workers,
+            # A response is a frame too, and its envelope wants some room.
+            max_result=self.config.max_frame - 512,
+        )
+        self._executor = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="handler")
+        self.tracker = Tracker(executor=self._executor)
+        self.listener = UnixListener(
+            self.config.socket,
+            mode=self.config.socket_mode,
+            allow_uids=self.config.allow_uid,
+            allow_gids=self.config.allow_gid,
+            max_frame=self.config.max_frame,
+            on_message=self._message,
+        )
+        self.draining = False
+        self._recent = Recent()
+        self._calls: dict[str, Call] = {}
+        self._verbs: dict[str, Callable[[Any], Any]] = {
+            "acomm.tasks": self._tasks_verb,
+            "acomm.stats": self._stats_verb,
+            "acomm.cancel": self._cancel_verb,
+        }
+        self._counts: Counter[str] = Counter()
+        self._drive_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Event | None = None
+        self._started_at = time.monotonic()
+        self._uid = os.getuid()
+
+    def __repr__(self) -> str:
+        return f"<Supervisor {self.config.socket}, {self.pool!r}>"
+
+    @property
+    def url(self) -> str:
+        """Where requests are sent."""
+        return self.listener.url
+
+    # -- life ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the workers, then the socket: whoever finds the socket is served. Raises ConfigError,
+        AddressInUse.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._idle = asyncio.Event()
+        self.pool.start()
+        try:
+            await self._workers_ready()
+            await self.tracker.start()
+            try:
+                await self.listener.start()
+                self._give_to_group()
+            except BaseException:
+                await self.tracker.stop(0)
+                raise
+        except BaseException:
+            self._release()
+            raise
+
+    async def _workers_ready(self) -> None:
+        ready = asyncio.Event()
+
+        def look() -> None:
+            self._drive()
+            if self.pool.ready == self.pool.size or self.pool.failure or not self.pool.healthy:
+                ready.set()
+
+        self._loop.add_reader(self.pool.fileno(), look)
+        try:
+            await asyncio.wait_for(ready.wait(), START_TIMEOUT)
+        except TimeoutError:
+            if not self.pool.ready:
+                raise ConfigError(f"no worker was ready within {START_TIMEOUT:g} seconds") from None
+        if self.pool.failure is not None:
+            raise ConfigError(f"the workers cannot start: {self.pool.failure}")
+        if not self.pool.healthy:
+            raise ConfigError("the workers die while they start; their stderr tells why")
+        self._loop.add_reader(self.pool.fileno(), self._drive)
+
+    def _give_to_group(self) -> None:
+        if self.config.allow_gid and not self.config.allow_uid:
+            try:
+                os.chown(self.config.socket, -1, self.config.allow_gid[0])
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot give the socket to group {self.config.allow_gid[0]}: {error.strerror}"
+                ) from None
+
+    async def stop(self, drain_timeout: float | None = None) -> None:
+        """Refuse new requests, finish those that were accepted within `drain_timeout` seconds (None: as
+        configured), answer the rest with `shutting_down`, and end.
+        """
+        if drain_timeout is None:
+            drain_timeout = self.config.drain_timeout
+        self.draining = True
+        deadline = self._loop.time() + drain_timeout
+        assert self._idle is not None
+        if self._calls and drain_timeout > 0:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), drain_timeout)
+        for id in list(self._calls):
+            self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
+        await self.tracker.finish(max(deadline - self._loop.time(), LAST_POSTS))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS)
+        await self.listener.stop(0)
+        await self.tracker.stop(0)
+        await self._stop_workers()
+        self._release()
+
+    async def _stop_workers(self) -> None:
+        """Let the workers exit by themselves; those that still run something are killed with the pool."""
+        self.pool.stop_workers()
+        gone = asyncio.Event()
+
+        def look() -> None:
+            self.pool.process_events()
+            if not self.pool.alive:
+                gone.set()
+
+        self._loop.add_reader(self.pool.fileno(), look)
+        look()
+        if not self.pool.dispatcher.assigned:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(gone.wait(), LAST_POSTS)
+
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._loop.remove_reader(self.pool.fileno())
+        self.pool.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def __aenter__(self) -> Supervisor:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    def run(self, ready: Callable[[Supervisor], None] | None = None, *, until_eof: bool = False) -> None:
+        """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. `ready(self)` is called
+        when requests are taken. `until_eof` stops likewise when standard input ends, as it does when the
+        program at its other end dies.
+        """
+        _raise_descriptor_limit()
+        _run(self._run_until_told(ready, until_eof))
+
+    async def _run_until_told(self, ready: Callable[[Supervisor], None] | None, until_eof: bool) -> None:
+        stop, now = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (now if stop.is_set() else stop).set()
+
+        def on_input() -> None:
+            if not os.read(0, 4096):
+                loop.remove_reader(0)
+                on_signal()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        if until_eof:
+            loop.add_reader(0, on_input)
+        starting = loop.create_task(self.start())
+        if not await _first(starting, stop.wait()):
+            return
+        # What start-up has made lives as long as we do: no collection need ever look at it again.
+        gc.collect()
+        gc.freeze()
+        if ready is not None:
+            ready(self)
+        notify("READY=1")
+        await stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping: %d calls to finish", len(self._calls))
+        stopping = loop.create_task(self.stop())
+        if not await _first(stopping, now.wait()):
+            log.warning("stopped at once, by a second signal: %d calls unfinished", len(self._calls))
+            await self.stop(0)
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def _message(self, conn: Connection, data: bytes) -> None:
+        """A message at the unix socket: accept it and acknowledge, or refuse."""
+        raw = conn.raw
+        try:
+            request = Request.decode(data, raw=raw)
+        except BadRequest as error:
+            self._counts[error.code] += 1
+            id, wire, extended, hook = salvage(data, raw=raw)
+            self._refuse(conn, Request("?", id=id, response_hook=hook, wire=wire, extended=extended), error)
+            return
+        try:
+            self.accept(request, conn.peer)
+        except AcommError as error:
+            self._counts[error.code] += 1
+            self._refuse(conn, request, error)
+            return
+        if not raw:
+            ack = ok_ack(_quote(request.id), request.wire, request.extended)
+            conn.acknowledge(ack, grants=request.extended)
+
+    def _refuse(self, conn: Connection, request: Request, error: AcommError) -> None:
+        response = Response(request.id, error=error, extended=request.extended)
+        if not conn.raw:
+            ack = response.encode(request.wire, extended=request.extended)
+            conn.acknowledge(ack, grants=request.extended)
+        elif request.response_hook is not None:
+            # Generation 1 has no acknowledgement: its refusal is the answer.
+            self.tracker.delivery.post(request.response_hook, response, request.wire)
+
+    def accept(self, request: Request, peer: Peer) -> None:
+        """Take a request: afterwards it will be answered. Raises the AcommError of its refusal, in which
+        case nothing was done.
+        """
+        if request.task.startswith(RESERVED):
+            self._answer_verb(request)
+            return
+        if self.draining:
+            raise ShuttingDown("the supervisor is stopping")
+        content = digest(request)
+        known = self._recent.known(request.id)
+        if known is not None:
+            self._repeated(request, known == content)
+            return
+        task = self._task(request.task)
+        self._check_handlers(request, peer)
+        raw = request.args
+        task.check_args(raw)
+        if not self.pool.healthy:
+            raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
+        self.tracker.track(request, proxied=True)
+        self._recent.begin(request.id, content)
+        self._submit(request, task, None if raw is None else bytes(raw))
+
+    def _submit(self, request: Request, task: Task[..., Any], args: bytes | None) -> None:
+        retry = task.retry
+        call = Call(
+            task.name,
+            args,
+            id=request.id,
+            tag=request,
+            priority=request.priority or task.priority,
+            timeout=task.timeout,
+            deadline=None if request.timeout is None else time.monotonic() + request.timeout,
+            retries=retry.times if retry else 0,
+            crashes=retry.crashes if retry else 0,
+            backoff=retry.delay if retry else None,
+        )
+        self._calls[request.id] = call
+        self._counts["accepted"] += 1
+        self.pool.submit(call)
+        if not self._drive_due:
+            self._drive_due = True
+            self._loop.call_soon(self._drive)
+
+    def _task(self, name: str) -> Task[..., Any]:
+        task = self.registry.get(name)
+        if task is not None:
+            return task
+        near = difflib.get_close_matches(name, self.registry, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UnknownTask(f"no task {printable(name)} is served here{hint}")
+
+    def _check_handlers(self, request: Request, peer: Peer) -> None:
+        if request.handlers is None:
+            return
+        if peer.uid not in (0, self._uid):
+            raise Forbidden("handlers are taken from the supervisor's own user only")
+        handlers.check_versions(request.handlers.python, request.handlers.dill)
+
+    def _repeated(self, request: Request, same: bool) -> None:
+        """An id that was seen before: acknowledged again if it is the same request, else a conflict."""
+        if not same:
+            raise Conflict(f"the id {printable(request.id)} was used for another request")
+        self._counts["repeated"] += 1
+        answer = self._recent.answer(request.id)
+        if answer is not None and request.response_hook is not None:
+            answer = msgspec.structs.replace(answer, extended=request.extended)
+            self.tracker.delivery.post(request.response_hook, answer, request.wire)
+
+    # -- outcomes -----------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """Let the pool do what it can, and answer what has ended."""
+        self._drive_due = False
+        for outcome in self.pool.process_events():
+            self._ended(outcome)
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        when = self.pool.next_deadline()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if when is not None:
+            self._timer = self._loop.call_later(max(when - time.monotonic(), 0.0), self._drive)
+
+    def _ended(self, outcome: Outcome) -> None:
+        request: Request = outcome.call.tag
+        result = None if outcome.result is None else msgspec.Raw(outcome.result)
+        self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
+
+    def _end(self, id: str, response: Response) -> None:
+        if self._calls.pop(id, None) is None:
+            return
+        self._counts["ok" if response.error is None else response.error.code] += 1
+        self._recent.finish(response, time.monotonic())
+        self.tracker.settle(response)
+        if not self._calls and self._idle is not None:
+            self._idle.set()
+
+    # -- control verbs ------------------------------------------------------------------------------
+
+    def _answer_verb(self, request: Request) -> None:
+        verb = self._verbs.get(request.task)
+        if verb is None:
+            raise UnknownTask(f"no task {printable(request.task)}; known: {', '.join(sorted(self._verbs))}")
+        result = msgspec.Raw(_quote(verb(request)))
+        if request.response_hook is not None:
+            response = Response(request.id, result, extended=request.extended)
+            self.tracker.delivery.post(request.response_hook, response, request.wire)
+
+    def _tasks_verb(self, request: Request) -> list[dict[str, Any]]:
+        return self.registry.schemas()
+
+    def _cancel_verb(self, request: Request) -> bool:
+        """Cancel the request whose id is the argument: `["id"]`, `{"id": ...}` or `"id"`."""
+        given = None if request.args is None else parse(memoryview(request.args), "args")
+        values = list(given.values()) if isinstance(given, dict) else given
+        ids = values if isinstance(values, list) else [values]
+        if len(ids) != 1 or not isinstance(ids[0], str):
+            raise BadArgs("acomm.cancel takes the id of one request")
+        call = self._calls.get(ids[0])
+        if call is None:
+            return False
+        outcome = self.pool.cancel(call.number)
+        if outcome is not None:
+            self._ended(outcome)
+        self._set_timer()
+        return True
+
+    def _stats_verb(self, request: Request) -> dict[str, Any]:
+        return self.stats()
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of `acomm stats`: counts since the start, what is under way, and the workers."""
+        calls, delivery = self.pool.dispatcher, self.tracker.delivery
+        return {
+            "pid": os.getpid(),
+            "socket": self.config.socket,
+            "uptime": round(time.monotonic() - self._started_at, 3),
+            "state": "draining" if self.draining else "serving" if self.pool.healthy else "unhealthy",
+            "counts": dict(self._counts),
+            "tracked": self.tracker.num_requests,
+            "queued": calls.queued,
+            "assigned": calls.assigned,
+            "connections": self.listener.connections,
+            "hooks": {
+                "delivered": delivery.delivered,
+                "pending": delivery.pending,
+                "abandoned": delivery.abandoned,
+            },
+            "handler_errors": self.tracker.handler_errors,
+            "worker_restarts": self.pool.restarts,
+            "workers": [worker._asdict() for worker in self.pool.workers()],
+            "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any]) -> bool:
+    """Wait for `work` unless `interruption` is first; whether it ended. Raises what `work` raises."""
+    waiting = asyncio.ensure_future(interruption)
+    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not work.done():
+        work.cancel()
+        await asyncio.wait({work})
+        return False
+    work.result()
+    return True
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
+            sock.send(state.encode())
+        except OSError as error:
+            log.warning("cannot notify the service manager: %s", error)
+
+
+def _raise_descriptor_limit() -> None:
+    """ZeroMQ aborts the process when it cannot have a descriptor, so have as many as we may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
