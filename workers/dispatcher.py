@@ -36,6 +36,9 @@ STUCK = 0.005
 LEARNING = 1 / 16
 """Weight of the newest run time: a single preempted call of a tiny task must not close its window."""
 
+LEAST = 1e-6
+"""Seconds that a call is taken to cost at least: nothing is free, and nothing joins a full window."""
+
 OVERDUE_CHECK = 0.02
 """Seconds between looks at calls that are given up but may yet start to run."""
 
@@ -55,15 +58,14 @@ class Doom(NamedTuple):
 
 
 class _Worker:
-    __slots__ = ("calls", "doom", "doomed", "heard", "id", "load", "retiring")
+    __slots__ = ("calls", "doomed", "heard", "id", "load", "retiring")
 
     def __init__(self, id: int, now: float) -> None:
         self.id = id
         self.calls: dict[int, Call] = {}
         self.load = 0.0
         self.heard = now
-        self.doom: AcommError | None = None
-        self.doomed = 0
+        self.doomed: dict[int, AcommError] = {}  # calls for which it is being killed
         self.retiring = False
 
 
@@ -71,7 +73,8 @@ class Dispatcher:
     """The table of all calls and workers.
 
     Every call that is submitted comes back in exactly one Outcome, from one of `answered`,
-    `worker_lost`, `cancel` or `due`.
+    `worker_lost`, `cancel`, `due` or `abandon`. `queued` counts the calls that wait for a worker or for
+    their backoff, `assigned` those that workers hold, given-up ones included.
     """
 
     def __init__(self, *, window: float = WINDOW, max_window: int = MAX_WINDOW) -> None:
@@ -82,6 +85,7 @@ class Dispatcher:
         self._workers: dict[int, _Worker] = {}
         self._queues: dict[int, deque[Call]] = {}
         self._order: list[int] = []
+        self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
         self._holder: dict[int, _Worker] = {}
@@ -100,7 +104,7 @@ class Dispatcher:
     # -- calls --------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> int:
-        """Take a call; returns its number, by which it can be cancelled."""
+        """Take a call; returns its number. A further attempt has another: cancel by `call.number`."""
         self._number(call)
         if call.deadline is not None:
             self._deadlines.set(call.number, call.deadline)
@@ -114,7 +118,7 @@ class Dispatcher:
         kill is returned, and the outcome comes with its death. None: there is no such call.
         """
         call = self._calls.get(number)
-        if call is None or call.settled:
+        if call is None:
             return None
         error = error or CallCancelled(f"call of task {call.task} was cancelled")
         worker = self._holder.get(number)
@@ -123,10 +127,26 @@ class Dispatcher:
         if worker is not None:
             # It waits in a worker's window. Should it start all the same, and last, `due` finds it.
             self._limits.set(number, now + OVERDUE_CHECK)
-        else:
-            self.queued -= 1
+            return self._settle(call, None, error)
+        self.queued -= 1
+        outcome = self._settle(call, None, error)
+        if number in self._backoff:
             self._backoff.discard(number)
-        return self._settle(call, None, error, keep=worker is not None)
+        else:
+            self._stale += 1
+            if self._stale > self.queued:
+                self._sweep()
+        return outcome
+
+    def abandon(self, error: AcommError) -> list[Outcome]:
+        """Give up all that is queued: there will be no worker for it."""
+        waiting = [call for number, call in self._calls.items() if number not in self._holder]
+        for call in waiting:
+            self._backoff.discard(call.number)
+        outcomes = [self._settle(call, None, error) for call in waiting]
+        self.queued = 0
+        self._sweep()
+        return outcomes
 
     def holder(self, number: int) -> int | None:
         """The worker that holds a call."""
@@ -171,10 +191,12 @@ class Dispatcher:
             del self._holder[number]
             self._limits.discard(number)
             if call.settled:
-                del self._calls[number]
-            elif worker.doom is not None and number == worker.doomed == running:
-                outcomes.append(self._settle(call, None, worker.doom))
-            elif number != running or worker.doom is not None:
+                continue
+            doom = worker.doomed.get(number)
+            if doom is not None:
+                # Even if it has just ended: its answer is lost, and it is not to run again.
+                outcomes.append(self._settle(call, None, doom))
+            elif number != running or worker.doomed:
                 # Waited behind, or started in the moment in which we killed the worker for another.
                 again.append(call)
             else:
@@ -213,10 +235,12 @@ class Dispatcher:
         if call.timeout is not None or call.settled:
             self._limits.discard(number)
         if call.settled:
-            del self._calls[number]
             return None
         if answer.failure is None:
             return self._settle(call, answer.result, None)
+        doom = worker.doomed.get(number)
+        if doom is not None:
+            return self._settle(call, None, doom)
         call.failed += 1
         if answer.failure.retriable and call.failed <= call.retries:
             self._renumber(call)
@@ -232,7 +256,8 @@ class Dispatcher:
         if not self.queued:
             return iter(())
         free = [
-            (worker.load, worker.id)
+            # An idle one first, whatever rounding has left of the loads of the others.
+            (worker.load if worker.calls else -1.0, worker.id)
             for worker in self._workers.values()
             if not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
         ]
@@ -293,7 +318,8 @@ class Dispatcher:
 
     def _over_limit(self, number: int, now: float, running: Callable[[int], Running]) -> Doom | None:
         """A call's limit may have passed: by the start that its worker noted, not by when we sent it."""
-        call, worker = self._calls[number], self._holder[number]
+        worker = self._holder[number]
+        call = worker.calls[number]
         runs = running(worker.id)
         limit = OVERDUE_CHECK if call.settled or call.timeout is None else call.timeout
         due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
@@ -307,7 +333,8 @@ class Dispatcher:
         return self._doom(worker, number, error)
 
     def _doom(self, worker: _Worker, number: int, error: AcommError) -> Doom:
-        worker.doom, worker.doomed, worker.retiring = error, number, True
+        worker.doomed[number] = error
+        worker.retiring = True
         return Doom(worker.id, error)
 
     # -- inside -------------------------------------------------------------------------------------
@@ -333,32 +360,36 @@ class Dispatcher:
         self.queued += 1
 
     def _front(self) -> Call | None:
-        """The call that is next; given-up ones are dropped on the way."""
-        for priority in self._order:
-            queue = self._queues[priority]
+        """The call that is next; given-up ones are dropped on the way, and queues that end."""
+        while self._order:
+            queue = self._queues[self._order[0]]
             while queue:
                 if not queue[0].settled:
                     return queue[0]
                 queue.popleft()
+                self._stale -= 1
+            del self._queues[self._order.pop(0)]
         return None
 
     def _take_front(self, call: Call) -> None:
         self._queues[call.priority].popleft()
         self.queued -= 1
-        if not self._queues[call.priority] and len(self._queues) > 1:
-            del self._queues[call.priority]
-            self._order.remove(call.priority)
+
+    def _sweep(self) -> None:
+        """Drop the settled calls from the queues: a queue that nobody takes from must not keep them."""
+        kept = {p: deque(call for call in queue if not call.settled) for p, queue in self._queues.items()}
+        self._queues = {priority: queue for priority, queue in kept.items() if queue}
+        self._order = sorted(self._queues, reverse=True)
+        self._stale = 0
 
     def _learn(self, task: str, seconds: float) -> None:
+        seconds = max(LEAST, seconds)
         known = self._predicted.get(task)
         self._predicted[task] = seconds if known is None else known + (seconds - known) * LEARNING
 
-    def _settle(
-        self, call: Call, result: bytes | None, error: AcommError | None, *, keep: bool = False
-    ) -> Outcome:
+    def _settle(self, call: Call, result: bytes | None, error: AcommError | None) -> Outcome:
         call.settled = True
-        if not keep:
-            del self._calls[call.number]
+        del self._calls[call.number]
         if call.deadline is not None:
             self._deadlines.discard(call.number)
         return Outcome(call, result, error)

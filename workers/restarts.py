@@ -8,9 +8,9 @@ from collections import deque
 class RestartBudget:
     """A restart intensity within a period, as OTP's supervisors have it.
 
-    Only early deaths are noted: before a worker was ready, or before it finished a first call. Those do
+    Only early deaths are noted: before a worker was ready, or before it had anything to run. Those do
     not end by themselves when the cause is the code or the machine. Workers that die later are replaced
-    at once and for free.
+    at once and for free, and so are those that a call has killed: that call pays for it.
     """
 
     def __init__(self, intensity: int, period: float = 10.0, *, first_pause: float = 0.02) -> None:
@@ -22,6 +22,10 @@ class RestartBudget:
     def note(self, now: float) -> None:
         """A worker has died early."""
         self._deaths.append(now)
+
+    def recovered(self) -> None:
+        """A new worker has finished a first call: whatever killed the others, it is no loop."""
+        self._deaths.clear()
 
     def exhausted(self, now: float) -> bool:
         """Whether more workers died early within the period than is normal in any good day."""
