@@ -61,7 +61,7 @@ def test_members_come_undecoded() -> None:
         (b'{"a":"\xed\xa0\x80"}', "not UTF-8"),  # a surrogate, encoded
         (b'{"\\ud800":1}', "surrogate"),
         (b"\x00\x00\x00\x02{}", "malformed"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' + b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
     ],
 )
@@ -74,7 +74,7 @@ def test_what_is_not_one_json_object_in_utf8_is_refused(data: bytes, reason: str
     "data",
     [
         '{"id":1,"id":2}',
-        '{"id":1,"ID":2}',
+        '{"id":1, "ID":2}',
         '{"Id" : [1, "}"] , "iD" : 2}',
         '{"\\u0069d":1,"id":2}',
         '{"x":1,"args":[],"x":{"id":1},"Args":"]"}',
@@ -82,13 +82,8 @@ def test_what_is_not_one_json_object_in_utf8_is_refused(data: bytes, reason: str
     ],
 )
 def test_a_repeat_of_our_own_keys_is_refused_in_any_spelling(data: str) -> None:
-    fields = None
-    with pytest.raises(BadRequest, match="has the key '(id|args)' twice"):
-        fields = jsontext.object_fields(data.encode(), ONCE, "request")
-        # Compact repeats in another case have two names; who folds the names finds those.
-        names = [name.casefold() for name in fields]
-        if len(set(names)) < len(names):
-            raise BadRequest("request has the key 'id' twice")
+    with pytest.raises(BadRequest, match=r"^request has the key '(id|args)' twice$"):
+        keys(data)
 
 
 @pytest.mark.parametrize(
@@ -191,10 +186,10 @@ def test_parse_and_parse_as_raise_nothing_but_bad_request() -> None:
     assert jsontext.parse(b"[1]") == [1]
     assert jsontext.parse_as(decoder, b"[1]", "ids") == [1]
     for data in (b"", b"[1", b'["x"]', b"\xff", b"[" * 100_000, b"[1e999]", b'["\\ud800"]'):
-        with pytest.raises(BadRequest, match="^ids: "):
+        with pytest.raises(BadRequest, match=r"^ids: "):
             jsontext.parse_as(decoder, data, "ids")
     for data in (b"", b"[1", b"\xff", b"[" * 100_000, b"[1e999]", b'["\\ud800"]', b"9" * 5000):
-        with pytest.raises(BadRequest, match="^JSON: "):
+        with pytest.raises(BadRequest, match=r"^JSON: "):
             jsontext.parse(data)
 
 

@@ -333,7 +333,7 @@ class Dispatcher:
         return self._doom(worker, number, error)
 
     def _doom(self, worker: _Worker, number: int, error: AcommError) -> Doom:
-        worker.doomed[number] = error
+        worker.doomed.setdefault(number, error)
         worker.retiring = True
         return Doom(worker.id, error)
 

@@ -15,6 +15,7 @@ everything that it said has been read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -46,6 +47,16 @@ _LAST_WORDS = 0.5
 
 _POLL_LAST_WORDS = 0.001
 
+_BURST = 0.01
+"""Seconds after which `process_events` returns what it has, though there is more: its driver has others
+to serve."""
+
+_LATE = 0.05
+"""Seconds behind a deadline from which on we count as having been stopped."""
+
+_CATCH_UP = 0.02
+"""Seconds that answers get to arrive after a stop, before deadlines that passed meanwhile are looked at."""
+
 _answers = msgspec.msgpack.Decoder(list[Answer])
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -59,7 +70,7 @@ class _Worker:
     def __init__(self, token: int, slot: int, now: float) -> None:
         self.token = token
         self.slot = slot
-        self.identity = secrets.token_bytes(12)
+        self.identity = b"w" + secrets.token_bytes(12)  # ZeroMQ reserves those that begin with 0
         self.since = now
         self.pid = 0
         self.peer_pid = 0
@@ -89,7 +100,8 @@ class Pool:
     """Runs calls in `workers` processes which have imported `modules`.
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. `failure`
-    is set, and nothing runs any more, when the modules cannot be imported in a worker.
+    is set when the modules cannot be imported in a worker: nothing runs any more then, and all calls
+    end with WorkerLost.
     """
 
     def __init__(
@@ -112,6 +124,10 @@ class Pool:
         self._dead: dict[int, tuple[_Worker, float]] = {}
         self._tokens = 0
         self._stopping = False
+        self._relaunch: float | None = None  # when to start a new fork server
+        self._catch_up: float | None = None
+        self._unfinished = False
+        self._resources = contextlib.ExitStack()
 
     def __repr__(self) -> str:
         calls = self.dispatcher
@@ -121,43 +137,47 @@ class Pool:
 
     def start(self) -> None:
         """Launch the processes; returns at once. `ready` counts those that can take calls."""
-        self._folder = _private_folder()
-        self._context = zmq.Context(io_threads=1)
-        self._router = self._context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.LINGER, 0)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
-        self._router.setsockopt(zmq.RCVHWM, 0)
-        self._endpoint = f"ipc://{self._folder}/pool.sock"
-        self._router.bind(self._endpoint)
-        self._scoreboard = Scoreboard.create(self.size)
-        self._poller = select.epoll()
-        self._poller.register(self._router.FD, select.EPOLLIN)
-        self._launch(time.monotonic())
+        with contextlib.ExitStack() as made:
+            self._folder = _private_folder()
+            made.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            self._scoreboard = Scoreboard.create(self.size)
+            made.callback(self._scoreboard.close)
+            self._context = zmq.Context(io_threads=1)
+            made.callback(self._context.term)
+            self._router = self._context.socket(zmq.ROUTER)
+            made.callback(self._router.close)
+            self._router.setsockopt(zmq.LINGER, 0)
+            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._router.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
+            self._router.setsockopt(zmq.RCVHWM, 0)
+            self._endpoint = f"ipc://{self._folder}/pool.sock"
+            self._router.bind(self._endpoint)
+            self._poller = select.epoll()
+            made.callback(self._poller.close)
+            self._poller.register(self._router.FD, select.EPOLLIN)
+            self._launch(time.monotonic())
+            made.callback(lambda: self._forkserver.close())
+            self._resources = made.pop_all()
 
     def close(self) -> None:
         """Kill all workers and their descendants, and remove what was made. Calls without an outcome are
         forgotten.
         """
         self._stopping = True
-        self._forkserver.close()
-        self._poller.close()
-        self._router.close()
-        self._context.term()
-        self._scoreboard.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._resources.close()
 
     def stop_workers(self) -> None:
-        """Let the workers finish what they hold and exit; none is replaced."""
+        """Let the workers finish what they hold and exit; none is replaced. What is queued stays queued."""
         self._stopping = True
         self._wanted.clear()
+        self._relaunch = None
         for worker in self._workers.values():
             worker.stopping = True
             self.dispatcher.retire(worker.token)
             if worker.ready:
                 self._send(worker, STOP)
-            elif worker.pid:
-                self._forkserver.kill(worker.pid)
+            else:
+                self._kill(worker)
 
     @property
     def ready(self) -> int:
@@ -204,7 +224,7 @@ class Pool:
         now = time.monotonic()
         what = self.dispatcher.cancel(number, now, self._running_of(number))
         if isinstance(what, Doom):
-            self._kill(what)
+            self._carry_out(what)
             return None
         return what
 
@@ -214,21 +234,38 @@ class Pool:
 
     def next_deadline(self) -> float | None:
         """When, on the monotonic clock, to call `process_events` at the latest."""
-        times = [self.dispatcher.next_deadline(), *self._wanted.values()]
+        if self._unfinished:
+            return 0.0
+        times = [self._next_due(), self._relaunch, *self._wanted.values()]
         if self._dead:
             times.append(time.monotonic() + _POLL_LAST_WORDS)
         if self._starting:
-            times += [w.since + START_TIMEOUT for w in self._workers.values() if not w.ready]
+            times += [worker.since + START_TIMEOUT for worker in self._hatching()]
         return min((when for when in times if when is not None), default=None)
+
+    def _next_due(self) -> float | None:
+        due = self.dispatcher.next_deadline()
+        return due if due is None or self._catch_up is None else max(due, self._catch_up)
+
+    def _hatching(self) -> list[_Worker]:
+        """The workers that run and have not said READY. Loading the modules, before the first fork, may
+        take as long as it takes.
+        """
+        return [
+            worker
+            for worker in self._workers.values()
+            if worker.pid and not worker.ready and not worker.stopping and worker.status is None
+        ]
 
     def process_events(self) -> list[Outcome]:
         """Do all that can be done now; returns the calls that have ended."""
         outcomes: list[Outcome] = []
+        self._unfinished = False
         for descriptor, _ in self._poller.poll(0):
             if descriptor == self._forkserver_fd:
                 self._fork_events()
+        now = begun = time.monotonic()
         while True:
-            now = time.monotonic()
             self._receive(now, outcomes)
             if self._dead:
                 self._settle_deaths(now, outcomes)
@@ -237,6 +274,10 @@ class Pool:
                 self._send(self._workers[token], _encode([call.job() for call in calls]))
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
             if not int(self._router.EVENTS) & zmq.POLLIN:
+                return outcomes
+            now = time.monotonic()
+            if now - begun > _BURST:
+                self._unfinished = True
                 return outcomes
 
     # -- the socket ---------------------------------------------------------------------------------
@@ -265,7 +306,14 @@ class Pool:
                 worker.peer_pid = peer_pid
                 self._greet(worker, now)
             return
-        for answer in _answers.decode(message):
+        try:
+            answers = _answers.decode(message)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            self._kill(worker)  # it has lost its mind; the fork server will tell of its death
+            return
+        if not worker.finished:
+            self._budget.recovered()
+        for answer in answers:
             worker.finished += 1
             outcome = self.dispatcher.answered(worker.token, answer, now)
             if outcome is not None:
@@ -290,7 +338,8 @@ class Pool:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            # It is dead; the fork server will say so, and what it held is then settled.
+            # It is dead, or as good as dead; the fork server will say so, and what it held is settled.
+            self._kill(worker)
 
     # -- processes ----------------------------------------------------------------------------------
 
@@ -322,15 +371,19 @@ class Pool:
             paths=self.paths,
             max_result=self.max_result,
         )
-        self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
+        try:
+            self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
+        except OSError:  # out of descriptors
+            self._died(worker, 1, now)
 
     def _fork_events(self) -> None:
         now = time.monotonic()
         for event in self._forkserver.events():
             match event:
                 case Forked(token, pid):
-                    self._workers[token].pid = pid
-                    self._greet(self._workers[token], now)
+                    worker = self._workers[token]
+                    worker.pid, worker.since = pid, now
+                    self._greet(worker, now)
                 case Exited(token, _, status, max_rss, cpu):
                     self._died(self._workers[token], status, now, max_rss, cpu)
                 case ForkFailed(token, _):
@@ -344,37 +397,48 @@ class Pool:
         """All workers are dead with it. Start over, within the budget."""
         self._poller.unregister(self._forkserver_fd)
         self._forkserver.close()
-        for worker in list(self._workers.values()):
+        for worker in self._workers.values():
             if worker.status is None:
-                self._died(worker, -signal.SIGKILL, now)
+                self._bury(worker, -signal.SIGKILL, now)
         self._wanted.clear()
         if self.failure is None and not self._stopping:
-            self._budget.note(now)
-            self._launch(now)
+            self._relaunch_later(now)
+
+    def _relaunch_later(self, now: float) -> None:
+        self._budget.note(now)
+        self._relaunch = now + self._budget.pause(now)
 
     def _died(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
         """A worker is dead: replace it now, settle what it held when its last words have been read."""
+        self._bury(worker, status, now, max_rss, cpu)
+        if self._stopping or self.failure is not None:
+            return
+        self.restarts += 1
+        pause = 0.0
+        if not worker.finished and not worker.running.call:
+            if not worker.stopping:
+                self._budget.note(now)
+            pause = self._budget.pause(now)
+        if pause:
+            self._wanted[worker.slot] = now + pause
+        else:
+            self._fork(worker.slot, now)
+
+    def _bury(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
         worker.status, worker.max_rss, worker.cpu = status, max_rss, cpu
         worker.running = self._scoreboard.read(worker.slot)
         self.dispatcher.retire(worker.token)
         self._dead[worker.token] = (worker, now + _LAST_WORDS)
         if not worker.ready:
             self._starting -= 1
-        if self._stopping or self.failure is not None:
-            return
-        if not worker.finished and not worker.stopping:
-            self._budget.note(now)
-        self.restarts += 1
-        pause = self._budget.pause(now) if not worker.finished else 0.0
-        if pause:
-            self._wanted[worker.slot] = now + pause
-        else:
-            self._fork(worker.slot, now)
 
     def _settle_deaths(self, now: float, outcomes: list[Outcome]) -> None:
-        for token, (worker, latest) in list(self._dead.items()):
-            if now < latest and self._still_connected(worker):
-                continue
+        silent = [w for w, latest in self._dead.values() if now >= latest or not self._still_connected(w)]
+        if silent:
+            # What came in between the last look and the end of the pipe.
+            self._receive(now, outcomes)
+        for worker in silent:
+            token = worker.token
             del self._dead[token], self._workers[token], self._by_identity[worker.identity]
             lost = functools.partial(_worker_lost, worker=worker, now=now)
             outcomes += self.dispatcher.worker_lost(token, worker.running.call, lost)
@@ -390,20 +454,38 @@ class Pool:
     # -- time ---------------------------------------------------------------------------------------
 
     def _tick(self, now: float, outcomes: list[Outcome]) -> None:
-        due = self.dispatcher.next_deadline()
-        if due is not None and due <= now:
+        due = self._next_due()
+        if due is not None and due <= now and not self._stopped_meanwhile(due, now):
             ended, dooms = self.dispatcher.due(now, self._running)
             outcomes += ended
             for doom in dooms:
-                self._kill(doom)
+                self._carry_out(doom)
+        if self._relaunch is not None and self._relaunch <= now:
+            self._relaunch = None
+            try:
+                self._launch(now)
+            except OSError:  # out of processes, memory or descriptors
+                self._relaunch_later(now)
         if self._wanted:
             for slot in [slot for slot, when in self._wanted.items() if when <= now]:
                 del self._wanted[slot]
                 self._fork(slot, now)
         if self._starting:
-            for worker in list(self._workers.values()):
-                if not worker.ready and worker.pid and now - worker.since > START_TIMEOUT:
-                    self._forkserver.kill(worker.pid)
+            for worker in self._hatching():
+                if now - worker.since >= START_TIMEOUT:
+                    self._kill(worker)
+        if self.failure is not None and self.dispatcher.queued:
+            outcomes += self.dispatcher.abandon(WorkerLost(f"no worker can be started: {self.failure}"))
+
+    def _stopped_meanwhile(self, due: float, now: float) -> bool:
+        """Whether to wait a little with what is due: after a stop of this process, its timers fire before
+        answers are seen that came in time.
+        """
+        if self._catch_up is None and now - due > _LATE:
+            self._catch_up = now + _CATCH_UP
+            return True
+        self._catch_up = None
+        return False
 
     def _running(self, token: int) -> Running:
         worker = self._workers.get(token)
@@ -416,10 +498,16 @@ class Pool:
         holder = self.dispatcher.holder(number)
         return Running(0, 0.0) if holder is None else self._running(holder)
 
-    def _kill(self, doom: Doom) -> None:
+    def _carry_out(self, doom: Doom) -> None:
         worker = self._workers.get(doom.worker)
         if worker is not None and worker.status is None:
             worker.stopping = True
+            self._forkserver.kill(worker.pid)
+
+    def _kill(self, worker: _Worker) -> None:
+        """Kill a worker that is of no use; it counts as dead by itself."""
+        if worker.status is None:
+            self.dispatcher.retire(worker.token)
             self._forkserver.kill(worker.pid)
 
 
@@ -435,7 +523,7 @@ def _worker_lost(call: Call, worker: _Worker, now: float) -> WorkerLost:
     receipt: dict[str, Any] = {
         "pid": worker.pid,
         "task": call.task,
-        "attempt": call.crashed,
+        "attempt": call.attempt - 1,
         "signal": -status if status < 0 else None,
         "exit_status": status if status >= 0 else None,
         "ran_seconds": round(max(now - worker.running.started, 0.0), 6),
@@ -454,9 +542,9 @@ def _peer_pid(frame: zmq.Frame) -> int:
     """
     try:
         _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
+        return int(pid) if int(uid) == os.getuid() else 0
     except (zmq.ZMQError, ValueError):
         return 0
-    return int(pid) if int(uid) == os.getuid() else 0
 
 
 def _private_folder() -> str:
