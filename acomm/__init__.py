@@ -7,6 +7,7 @@ for the supervisor and its process pool.
 """
 
 from acomm.channel import send, send_sync
+from acomm.client import Call, Client, connect
 from acomm.errors import (
     AcommError,
     AddressInUse,
@@ -37,8 +38,10 @@ __all__ = [
     "BadArgs",
     "BadRequest",
     "Busy",
+    "Call",
     "CallCancelled",
     "CallTimeout",
+    "Client",
     "ConfigError",
     "Conflict",
     "Connection",
@@ -57,6 +60,7 @@ __all__ = [
     "UnixListener",
     "UnknownTask",
     "WorkerLost",
+    "connect",
     "send",
     "send_conn_data",
     "send_sync",

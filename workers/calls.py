@@ -19,6 +19,10 @@ STOP = b"stop"
 """The supervisor's last: finish what you have, then exit."""
 
 
+RETURNED = "returned"
+"""The code of a Failure that is none: the worker gives a call back that it has not begun."""
+
+
 class Job(msgspec.Struct, array_like=True):
     """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share."""
 

@@ -3,7 +3,7 @@
     submit --> queued --(credit)--> assigned --> settled (Outcome)
                  ^   \\                |
                  |    backoff <-------+  raised, retries left
-                 +--------------------+  the worker died and another call was running
+                 +--------------------+  the worker died, or is busy for long, with another call
 
 A worker holds as many calls as it can run in about WINDOW seconds, by what their tasks took before: one
 long call, or hundreds of tiny ones that then travel in one message. A call of unknown cost waits for a
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from acomm.deadlines import Deadlines
-from workers.calls import Answer, Call, Outcome
+from workers.calls import RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
 
 WINDOW = 0.002
@@ -221,7 +221,7 @@ class Dispatcher:
         return self._settle(call, None, error)
 
     def answered(self, id: int, answer: Answer, now: float) -> Outcome | None:
-        """A worker has answered. None: the call is tried again, or is no longer waited for."""
+        """A worker has answered. None: the call runs again later, or is no longer waited for."""
         worker = self._workers.get(id)
         call = worker.calls.pop(answer.number, None) if worker else None
         if worker is None or call is None:
@@ -229,11 +229,18 @@ class Dispatcher:
         number = answer.number
         self.assigned -= 1
         del self._holder[number]
+        if call.timeout is not None or call.settled:
+            self._limits.discard(number)
+        if answer.failure is not None and answer.failure.code == RETURNED:
+            # It was behind one that lasts, and so would be whatever else its worker got.
+            worker.load = self.window if worker.calls else 0.0
+            if not call.settled:
+                self._renumber(call)
+                self._enqueue(call, front=True)
+            return None
         worker.load = worker.load - call.cost if worker.calls else 0.0
         worker.heard = now
         self._learn(call.task, answer.seconds)
-        if call.timeout is not None or call.settled:
-            self._limits.discard(number)
         if call.settled:
             return None
         if answer.failure is None:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
-from workers.calls import READY, STOP, Answer, Call, Outcome
+from workers.calls import READY, RETURNED, STOP, Answer, Call, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
 from workers.errors import ConfigError, WorkerLost
 from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
@@ -64,8 +64,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class _Worker:
     """A worker process, from the wish for one until its death is settled."""
 
-    __slots__ = ("cpu", "finished", "identity", "max_rss", "peer_pid", "pid", "ready", "running", "since",
-                 "slot", "status", "stopping", "token")  # fmt: skip
+    __slots__ = ("cpu", "finished", "identity", "killed", "max_rss", "peer_pid", "pid", "ready", "running",
+                 "since", "slot", "status", "stopping", "token")  # fmt: skip
 
     def __init__(self, token: int, slot: int, now: float) -> None:
         self.token = token
@@ -77,6 +77,7 @@ class _Worker:
         self.ready = False
         self.finished = 0
         self.stopping = False
+        self.killed = False
         self.status: int | None = None
         self.running = Slot(0, 0.0, 0.0, 0.0)
         self.max_rss = 0
@@ -254,7 +255,7 @@ class Pool:
         return [
             worker
             for worker in self._workers.values()
-            if worker.pid and not worker.ready and not worker.stopping and worker.status is None
+            if worker.pid and not worker.ready and not worker.killed and worker.status is None
         ]
 
     def process_events(self) -> list[Outcome]:
@@ -270,8 +271,9 @@ class Pool:
             if self._dead:
                 self._settle_deaths(now, outcomes)
             self._tick(now, outcomes)
-            for token, calls in self.dispatcher.assign(now):
-                self._send(self._workers[token], _encode([call.job() for call in calls]))
+            if self._catch_up is None:
+                for token, calls in self.dispatcher.assign(now):
+                    self._send(self._workers[token], _encode([call.job() for call in calls]))
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
             if not int(self._router.EVENTS) & zmq.POLLIN:
                 return outcomes
@@ -313,11 +315,13 @@ class Pool:
             return
         if not worker.finished:
             self._budget.recovered()
+        worker.finished += len(answers)
         for answer in answers:
-            worker.finished += 1
             outcome = self.dispatcher.answered(worker.token, answer, now)
             if outcome is not None:
                 outcomes.append(outcome)
+            elif answer.failure is not None and answer.failure.code == RETURNED:
+                worker.finished -= 1
 
     def _greet(self, worker: _Worker, now: float) -> None:
         """A worker has said READY, and the fork server has told its pid: in any order, both must agree."""
@@ -454,8 +458,7 @@ class Pool:
     # -- time ---------------------------------------------------------------------------------------
 
     def _tick(self, now: float, outcomes: list[Outcome]) -> None:
-        due = self._next_due()
-        if due is not None and due <= now and not self._stopped_meanwhile(due, now):
+        if self._is_due(now):
             ended, dooms = self.dispatcher.due(now, self._running)
             outcomes += ended
             for doom in dooms:
@@ -477,15 +480,20 @@ class Pool:
         if self.failure is not None and self.dispatcher.queued:
             outcomes += self.dispatcher.abandon(WorkerLost(f"no worker can be started: {self.failure}"))
 
-    def _stopped_meanwhile(self, due: float, now: float) -> bool:
-        """Whether to wait a little with what is due: after a stop of this process, its timers fire before
-        answers are seen that came in time.
+    def _is_due(self, now: float) -> bool:
+        """Whether to look at what time brings. After a stop of this process not at once, as its timers
+        then fire before answers are seen that came in time.
         """
+        due = self.dispatcher.next_deadline()
+        if due is None or due > now:
+            self._catch_up = None
+            return False
         if self._catch_up is None and now - due > _LATE:
             self._catch_up = now + _CATCH_UP
-            return True
+        if self._catch_up is not None and now < self._catch_up:
+            return False
         self._catch_up = None
-        return False
+        return True
 
     def _running(self, token: int) -> Running:
         worker = self._workers.get(token)
@@ -500,13 +508,13 @@ class Pool:
 
     def _carry_out(self, doom: Doom) -> None:
         worker = self._workers.get(doom.worker)
-        if worker is not None and worker.status is None:
+        if worker is not None:
             worker.stopping = True
-            self._forkserver.kill(worker.pid)
+            self._kill(worker)
 
     def _kill(self, worker: _Worker) -> None:
-        """Kill a worker that is of no use; it counts as dead by itself."""
-        if worker.status is None:
+        if worker.status is None and worker.pid and not worker.killed:
+            worker.killed = True
             self.dispatcher.retire(worker.token)
             self._forkserver.kill(worker.pid)
 

@@ -1,22 +1,30 @@
 """The child process: takes calls from its socket, runs them, answers in batches.
 
 It speaks first (`READY`), runs what it is sent one by one, and marks in its slot of the scoreboard what
-it runs. Answers wait for each other only while the calls are tiny, never behind one that may be long.
+it runs. Answers wait for each other only while the calls are tiny, never behind one that is expected to
+last. If one lasts all the same, a helper thread sends the finished answers and gives back the calls that
+wait behind it; it cannot while C code holds the GIL.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import math
+import signal
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import zmq
 
-from workers.calls import READY, STOP, Answer, Failure, Job
-from workers.errors import AcommError, TooLarge
+from workers.calls import READY, RETURNED, STOP, Answer, Failure, Job
+from workers.errors import BadArgs, TooLarge
 from workers.registry import Registry, Task, encode_result
 from workers.running import enter
 from workers.scoreboard import Scoreboard, SlotWriter
@@ -24,7 +32,13 @@ from workers.scoreboard import Scoreboard, SlotWriter
 HOLD = 0.0002
 """Seconds that a finished answer may wait for others: sending one costs about a tenth of it."""
 
-MAX_TRACEBACK = 20_000
+RELIEF = 0.005
+"""Seconds that a call runs before others, finished or not begun, stop waiting for it; as long as the
+supervisor waits before it sends elsewhere."""
+
+MAX_MESSAGE, MAX_TRACEBACK = 2000, 20_000
+"""Characters of an exception's text that travel."""
+
 _LINGER_MS = 2000
 
 _jobs = msgspec.msgpack.Decoder(list[Job])
@@ -73,26 +87,45 @@ class Worker:
         self._slot = slot
         self._max_result = max_result
         self._tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
-        self._answers: list[Answer] = []
         self._runner: asyncio.Runner | None = None
+        self._jobs: deque[Job] = deque()
+        self._stopping = False
+        # The helper uses the socket only under the lock and while `_begun`, the start of what runs, is not
+        # 0: outside of a batch it is the main thread's alone.
+        self._lock = threading.Lock()
+        self._answers: list[Answer] = []
+        self._begun = 0.0
+        self._batch = threading.Event()
+        self._helper: threading.Thread | None = None
 
     def run(self) -> None:
         """Serve until STOP."""
         try:
-            while (message := self._socket.recv()) != STOP:
+            while not self._stopping and (message := self._socket.recv()) != STOP:
                 self._run_all(_jobs.decode(message))
         finally:
+            self._stopping = True
+            self._batch.set()
             if self._runner is not None:
                 self._runner.close()
 
-    def _run_all(self, jobs: list[Job]) -> None:
-        now = time.monotonic()
-        held_since = now
-        for job in jobs:
+    def _run_all(self, batch: list[Job]) -> None:
+        jobs = self._jobs
+        jobs.extend(batch)
+        if len(batch) > 1:
+            self._watch()
+        held_since = now = time.monotonic()
+        while jobs:
+            try:
+                job = jobs.popleft()
+            except IndexError:  # the helper was faster
+                break
             runnable = self._tasks.get(job.task)
             if self._answers and (now - held_since > HOLD or runnable is None or runnable.expected > HOLD):
-                self._flush()
-                held_since = now
+                with self._lock:
+                    self._flush()
+                held_since = now = time.monotonic()
+            self._begun = now
             self._slot.begin(job.number, now)
             answer = self._answer(job, runnable)
             self._slot.end()
@@ -101,11 +134,49 @@ class Worker:
             if runnable is not None:
                 runnable.learn(answer.seconds)
             self._answers.append(answer)
-        self._flush()
+        with self._lock:
+            self._begun = 0.0
+            self._flush()
 
     def _flush(self) -> None:
-        self._socket.send(_encode(self._answers))
-        self._answers.clear()
+        ready = self._answers[:]
+        if ready:
+            self._socket.send(_encode(ready))
+            del self._answers[: len(ready)]  # the main thread may have added one: it does so without the lock
+
+    # -- the helper
+
+    def _watch(self) -> None:
+        if self._helper is None:
+            self._helper = threading.Thread(target=self._relieve, name="acomm-relief", daemon=True)
+            self._helper.start()
+        self._batch.set()
+
+    def _relieve(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the task's
+        while self._batch.wait() and not self._stopping:
+            self._batch.clear()
+            begun = self._begun
+            time.sleep(RELIEF)
+            with self._lock:
+                if self._begun:
+                    self._batch.set()
+                    if self._begun == begun:
+                        self._give_back()
+
+    def _give_back(self) -> None:
+        """Send what is finished, and return what has not begun, the last first."""
+        jobs = self._jobs
+        with suppress(zmq.Again):
+            while (message := self._socket.recv(zmq.NOBLOCK)) != STOP:
+                jobs.extend(_jobs.decode(message))
+            self._stopping = True
+        with suppress(IndexError):
+            while True:
+                self._answers.append(Answer(jobs.pop().number, 0.0, None, Failure(RETURNED, "")))
+        self._flush()
+
+    # -- one call
 
     def _answer(self, job: Job, runnable: Runnable | None) -> Answer:
         if runnable is None:
@@ -124,7 +195,14 @@ class Worker:
     def _run_coroutine(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._runner is None:
             self._runner = asyncio.Runner()
-        return self._runner.run(function(*args, **kwargs))
+        runner = self._runner
+        try:
+            # The runner's own context is of its first call.
+            return runner.run(function(*args, **kwargs), context=contextvars.copy_context())
+        finally:
+            if asyncio.all_tasks(runner.get_loop()):
+                self._runner = None  # what a call leaves behind ends with it
+                runner.close()
 
 
 class Runnable:
@@ -136,33 +214,35 @@ class Runnable:
         function = task.function
         self.bind = task.bind
         self.retry_on: tuple[type[BaseException], ...] = task.retry.on if task.retry else ()
-        self.expected = 1.0
+        self.expected = math.inf
         self.call: Callable[..., Any] = function
         if task.is_coroutine:
             self.call = lambda *args, **kwargs: run_coroutine(function, *args, **kwargs)
 
     def learn(self, seconds: float) -> None:
-        self.expected = min(seconds, self.expected * 0.9 + seconds * 0.1)
+        known = self.expected
+        self.expected = seconds if known == math.inf else known + (seconds - known) * 0.1
 
 
 def _failure(error: BaseException, retry_on: tuple[type[BaseException], ...]) -> Failure:
-    """An exception as text. It may be hostile: its `str` may raise."""
-    name = type(error).__name__
+    """An exception as text. It may be hostile: its `str` may raise, whatever it likes."""
+    name = _sound(type(error).__name__[:200])
     try:
-        text = str(error)
-    except Exception as why:
-        text = f"<its text cannot be had: {type(why).__name__}>"
+        text = _sound(str(error)[:MAX_MESSAGE])
+    except BaseException as why:
+        text = f"<its text cannot be had: {_sound(type(why).__name__[:200])}>"
     try:
-        # The first two frames are ours.
+        # The first frame is ours.
         trail = error.__traceback__.tb_next if error.__traceback__ else None
-        trace = "".join(traceback.format_exception(type(error), error, trail))[-MAX_TRACEBACK:]
-    except Exception:
+        trace = _sound("".join(traceback.format_exception(type(error), error, trail))[-MAX_TRACEBACK:])
+    except BaseException:
         trace = None
+    if isinstance(error, BadArgs):
+        return Failure(error.code, text, name, trace)
     message = f"{name}: {text}" if text else name
-    code = error.code if isinstance(error, AcommError) and error.code == "bad_args" else "task_error"
-    return Failure(code, _sound(message[:2000]), name, trace and _sound(trace), isinstance(error, retry_on))
+    return Failure("task_error", message, name, trace, isinstance(error, retry_on))
 
 
 def _sound(text: str) -> str:
     """Text that can be encoded: lone surrogates replaced."""
-    return text.encode("utf-8", "replace").decode()
+    return str.encode(text, "utf-8", "replace").decode()

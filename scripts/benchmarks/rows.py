@@ -1,0 +1,186 @@
+"""The rows: who is measured against whom."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import uvloop
+import zmq
+
+from acomm import Request, Tracker
+from acomm.client import Client
+from benchmarks import floor
+from benchmarks.harness import Contender, Figures, Row
+from benchmarks.processes import serving
+from benchmarks.tasks import identity
+from workers import launch
+
+WORKERS = 2
+
+# -- ours ---------------------------------------------------------------------------------------------
+
+
+def tracker_rate(url: str, in_flight: int, calls: int) -> Figures:
+    """Calls by an asyncio program."""
+    times = uvloop.run(_tracker_calls(url, in_flight, calls))
+    return {"calls/s": calls / times[0]}
+
+
+def tracker_latency(url: str, in_flight: int, calls: int) -> Figures:
+    return percentiles(uvloop.run(_tracker_calls(url, in_flight, calls))[1:])
+
+
+async def _tracker_calls(url: str, in_flight: int, calls: int) -> list[float]:
+    """The seconds that all calls took together, then those of each."""
+    async with Tracker() as tracker:
+        clock, each = time.perf_counter, []
+
+        async def call_many(values: range) -> None:
+            for value in values:
+                started = clock()
+                response = await tracker.call(url, Request("echo", [value]))
+                each.append(clock() - started)
+                if response.result_as(int) != value:
+                    raise AssertionError(f"{value} did not come back")
+
+        async def all_of(calls: int) -> float:
+            started = clock()
+            await asyncio.gather(*(call_many(range(caller, calls, in_flight)) for caller in range(in_flight)))
+            return clock() - started
+
+        await all_of(max(100, 2 * in_flight))
+        each.clear()
+        return [await all_of(calls), *each]
+
+
+def client_rate(client: Client, in_flight: int, calls: int) -> Figures:
+    """Calls by a program without an event loop."""
+    return future_rate(partial(client.submit, "echo"), in_flight, calls)
+
+
+def client_latency(client: Client, in_flight: int, calls: int) -> Figures:
+    return future_latency(partial(client.call, "echo"), calls)
+
+
+# -- baselines ----------------------------------------------------------------------------------------
+
+
+def floor_rate(path: str, in_flight: int, calls: int) -> Figures:
+    return uvloop.run(floor.measure(path, in_flight, calls))
+
+
+def executor_rate(executor: ProcessPoolExecutor, in_flight: int, calls: int) -> Figures:
+    return future_rate(partial(executor.submit, identity), in_flight, calls)
+
+
+def serve_zmq(path: str, ready: Connection) -> None:
+    """Returns every message to its sender."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.bind(f"ipc://{path}")
+        ready.send(True)
+        while True:
+            router.send_multipart(router.recv_multipart())
+
+
+def zmq_latency(path: str, in_flight: int, calls: int) -> Figures:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.connect(f"ipc://{path}")
+
+        def ping(value: int) -> int:
+            dealer.send(b"[%d]" % value)
+            return int(dealer.recv()[1:-1])
+
+        return future_latency(ping, calls)
+
+
+# -- what they share ----------------------------------------------------------------------------------
+
+
+def future_rate(submit: Callable[[int], Future[Any]], in_flight: int, calls: int) -> Figures:
+    """Keep a window of futures, the oldest of which is waited for."""
+
+    def all_of(calls: int) -> float:
+        window: deque[tuple[int, Future[Any]]] = deque()
+        started = time.perf_counter()
+        for value in range(calls):
+            if len(window) == in_flight:
+                check(*window.popleft())
+            window.append((value, submit(value)))
+        while window:
+            check(*window.popleft())
+        return time.perf_counter() - started
+
+    def check(value: int, future: Future[Any]) -> None:
+        if future.result() != value:
+            raise AssertionError(f"{value} did not come back")
+
+    all_of(max(100, 2 * in_flight))
+    return {"calls/s": calls / all_of(calls)}
+
+
+def future_latency(call: Callable[[int], Any], calls: int) -> Figures:
+    """One blocking call after the other."""
+
+    def timed(value: int) -> float:
+        started = time.perf_counter()
+        found = call(value)
+        seconds = time.perf_counter() - started
+        if found != value:
+            raise AssertionError(f"{value} did not come back")
+        return seconds
+
+    for value in range(100):
+        timed(value)
+    return percentiles([timed(value) for value in range(calls)])
+
+
+def percentiles(seconds: Sequence[float]) -> Figures:
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return {"µs p50": 1e6 * ordered[last // 2], "µs p99": 1e6 * ordered[round(last * 0.99)]}
+
+
+# -- the rows -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _socket() -> Iterator[list[Contender]]:
+    with (
+        launch("benchmarks.tasks", workers=WORKERS) as client,
+        serving(floor.serve) as path,
+        ProcessPoolExecutor(WORKERS, get_context("forkserver")) as executor,
+    ):
+        yield [
+            Contender("Tracker.call", partial(tracker_rate, client.url), ours=True),
+            Contender("Client.submit", partial(client_rate, client), ours=True),
+            Contender("bare echo server", partial(floor_rate, path)),
+            Contender("ProcessPoolExecutor", partial(executor_rate, executor)),
+        ]
+
+
+@contextmanager
+def _latency() -> Iterator[list[Contender]]:
+    with launch("benchmarks.tasks", workers=WORKERS) as client, serving(serve_zmq) as path:
+        yield [
+            Contender("Tracker.call", partial(tracker_latency, client.url), ours=True),
+            Contender("Client.call", partial(client_latency, client), ours=True),
+            Contender("pyzmq ping", partial(zmq_latency, path)),
+        ]
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("socket", "calls/s of a tiny task, by how many are in flight", _socket, (1, 16, 64, 256)),
+        Row("latency", "round trip of one call at a time", _latency, (1,), calls=2000),
+    )
+}

@@ -1,0 +1,84 @@
+"""The examples in the documents are run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workers import launch
+
+ROOT = Path(__file__).parent.parent
+ACOMM = str(Path(sys.executable).with_name("acomm"))
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """A supervisor with the tasks of the README and the guide; the environment to call it."""
+    (tmp_path / "sums.py").write_text(blocks("README.md", "python")[0])
+    guide = tmp_path / "guide.py"
+    guide.write_text(blocks("docs/guide.md", "python")[0].replace("...", "return path"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with launch("sums", "guide", workers=2, drain_timeout=5) as client:
+        yield {**os.environ, "ACOMM_URL": client.url, "PYTHONPATH": str(tmp_path)}
+
+
+def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.process
+def test_the_calls_in_the_readme_print_what_they_are_said_to(served: dict[str, str]) -> None:
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    calls = [line.partition("#") for line in lines if line.startswith("acomm call")]
+    assert len(calls) == 2
+    for command, _, said in calls:
+        done = run([ACOMM, *command.split()[1:]], served)
+        said = said.strip().removeprefix("prints ")
+        assert (done.stdout + done.stderr).strip() == said
+
+
+@pytest.mark.process
+def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) -> None:
+    programs = [block for block in blocks("README.md", "python") if "with " in block]
+    assert len(programs) == 3
+    log = tmp_path / "totals.txt"
+    for program in programs:
+        done = run([sys.executable, "-c", program.replace("/tmp/totals.txt", str(log))], served)
+        assert done.returncode == 0, done.stderr
+    assert "499500" in done.stdout or log.read_text().split()[1] == "499500"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_programs_in_the_guide_run(served: dict[str, str], number: int) -> None:
+    program = blocks("docs/guide.md", "python")[number]
+    start = "main()" if "def main" in program else "ask(__import__('os').environ['ACOMM_URL'])"
+    program += f"\nimport asyncio\nprint(asyncio.run({start}))\n"
+    done = run([sys.executable, "-W", "error", "-c", program], served)
+    assert done.returncode == 0, done.stderr
+    assert "3" in done.stdout
+
+
+def test_every_document_that_is_linked_exists() -> None:
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def test_the_codes_in_the_protocol_are_those_of_the_errors() -> None:
+    from acomm.errors import WIRE_ERRORS
+
+    section = (ROOT / "docs/protocol.md").read_text().partition("## Error codes")[2].partition("##")[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == set(WIRE_ERRORS)

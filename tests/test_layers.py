@@ -1,0 +1,159 @@
+"""The layers: a module imports strictly lower ones, and heavy libraries stay where they belong.
+
+Imports inside functions and under TYPE_CHECKING count: they are dependencies all the same.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOP = 99
+
+ACOMM = {
+    "errors": 0,
+    "deadlines": 1,
+    "framing": 1,
+    "handlers": 1,
+    "jsontext": 1,
+    "urls": 1,
+    "messages": 2,
+    "socketpath": 2,
+    "transport": 2,
+    "listener": 3,
+    "channel": 4,
+    "delivery": 5,
+    "tracker": 6,
+    "client": 7,
+    "__init__": TOP,
+}
+
+WORKERS = {
+    "errors": 0,
+    "config": 1,
+    "lineage": 1,
+    "recent": 1,
+    "restarts": 1,
+    "scoreboard": 1,
+    "signature": 1,
+    "sourcecode": 1,
+    "dispatcher": 2,
+    "forkserver": 2,
+    "registry": 2,
+    "template": 2,
+    "worker": 3,
+    "pool": 4,
+    "engines": 5,
+    "executor": 5,
+    "supervisor": 6,
+    "demo": 7,
+    "door": 7,
+    "cli": 8,
+    "__init__": TOP,
+    "__main__": TOP,
+}
+
+LAYERS = {"acomm": ACOMM, "workers": WORKERS}
+
+ONLY_IN = {
+    "dill": {"acomm/handlers.py"},
+    "click": {"workers/cli.py", "workers/demo.py"},
+    "rich": {"workers/cli.py", "workers/demo.py"},
+}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """Every module that is imported anywhere in `tree`: line and full name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                source = ".".join([package, source] if source else [package])
+            # `from acomm import urls` imports acomm.urls.
+            names = [f"{source}.{alias.name}" for alias in node.names] if source in LAYERS else [source]
+            yield from ((node.lineno, name) for name in names)
+
+
+def target(name: str) -> tuple[str, str] | None:
+    """The package and module of ours that a full name means."""
+    package, _, rest = name.partition(".")
+    if package not in LAYERS:
+        return None
+    module = rest.partition(".")[0]
+    return package, module if module and (ROOT / package / f"{module}.py").exists() else "__init__"
+
+
+def faults(package: str, module: str, source: str) -> list[str]:
+    own = LAYERS[package][module]
+    found = []
+    for line, name in imports(ast.parse(source), package):
+        where = f"{package}/{module}.py:{line}: imports {name}"
+        homes = ONLY_IN.get(name.partition(".")[0])
+        if homes is not None and f"{package}/{module}.py" not in homes:
+            found.append(f"{where}, which is for {' and '.join(sorted(homes))} alone")
+        if (to := target(name)) is None:
+            continue
+        if package == "acomm" and to[0] == "workers":
+            found.append(f"{where}: acomm knows nothing of workers")
+        elif to[0] == package and LAYERS[package].get(to[1], -1) >= own:
+            found.append(f"{where}, which is not below it ({own})")
+    return found
+
+
+def modules() -> list[tuple[str, str]]:
+    return [(package, path.stem) for package in LAYERS for path in sorted((ROOT / package).glob("*.py"))]
+
+
+@pytest.mark.parametrize(("package", "module"), modules())
+def test_a_module_imports_only_what_is_below_it(package: str, module: str) -> None:
+    table = LAYERS[package]
+    assert module in table, f"{package}/{module}.py has no layer: add it to the table in {__file__}"
+    source = (ROOT / package / f"{module}.py").read_text()
+    assert not (found := faults(package, module, source)), "\n".join(found)
+
+
+def test_there_are_no_packages_within_that_nobody_looks_into() -> None:
+    nested = [path for package in LAYERS for path in (ROOT / package).glob("*/**/*.py")]
+    assert nested == []
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "source"),
+    [
+        ("acomm", "urls", "from acomm.tracker import Tracker"),
+        ("acomm", "urls", "import acomm.tracker"),
+        ("acomm", "urls", "from acomm import tracker"),
+        ("acomm", "urls", "from . import tracker"),
+        ("acomm", "urls", "from .tracker import Tracker"),
+        ("acomm", "urls", "from acomm import jsontext"),  # its own layer
+        ("acomm", "urls", "from acomm import Request"),  # the package as a whole
+        ("acomm", "urls", "def f():\n    from acomm.tracker import Tracker"),
+        ("acomm", "urls", "if TYPE_CHECKING:\n    import acomm.channel as c"),
+        ("acomm", "urls", "import dill"),
+        ("acomm", "client", "import workers.errors"),
+        ("acomm", "client", "from rich.table import Table"),
+        ("workers", "pool", "from workers.supervisor import Supervisor"),
+        ("workers", "pool", "def f():\n    import click"),
+    ],
+)
+def test_the_check_sees_an_upward_import(package: str, module: str, source: str) -> None:
+    assert len(faults(package, module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "source"),
+    [
+        ("acomm", "urls", "from acomm.errors import BadRequest\nimport re"),
+        ("acomm", "handlers", "def f():\n    import dill.detect"),
+        ("workers", "errors", "from acomm.client import connect"),
+        ("workers", "cli", "import click\nfrom rich import print"),
+    ],
+)
+def test_the_check_lets_a_downward_import_pass(package: str, module: str, source: str) -> None:
+    assert faults(package, module, source) == []
