@@ -261,6 +261,8 @@ class Dispatcher:
     def assign(self, now: float) -> Iterator[tuple[int, list[Call]]]:
         """Hand out queued calls as credit allows: what to send to which worker."""
         if not self.queued:
+            if self._stale:
+                self._sweep()
             return iter(())
         free = [
             # An idle one first, whatever rounding has left of the loads of the others.

@@ -96,10 +96,10 @@ class Worker:
         self._answers: list[Answer] = []
         self._begun = 0.0
         self._batch = threading.Event()
-        self._helper: threading.Thread | None = None
 
     def run(self) -> None:
         """Serve until STOP."""
+        threading.Thread(target=self._relieve, name="acomm-relief", daemon=True).start()
         try:
             while not self._stopping and (message := self._socket.recv()) != STOP:
                 self._run_all(_jobs.decode(message))
@@ -113,7 +113,7 @@ class Worker:
         jobs = self._jobs
         jobs.extend(batch)
         if len(batch) > 1:
-            self._watch()
+            self._batch.set()
         held_since = now = time.monotonic()
         while jobs:
             try:
@@ -145,12 +145,6 @@ class Worker:
             del self._answers[: len(ready)]  # the main thread may have added one: it does so without the lock
 
     # -- the helper
-
-    def _watch(self) -> None:
-        if self._helper is None:
-            self._helper = threading.Thread(target=self._relieve, name="acomm-relief", daemon=True)
-            self._helper.start()
-        self._batch.set()
 
     def _relieve(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the task's
@@ -226,11 +220,11 @@ class Runnable:
 
 def _failure(error: BaseException, retry_on: tuple[type[BaseException], ...]) -> Failure:
     """An exception as text. It may be hostile: its `str` may raise, whatever it likes."""
-    name = _sound(type(error).__name__[:200])
+    name = type(error).__name__[:200]
     try:
         text = _sound(str(error)[:MAX_MESSAGE])
     except BaseException as why:
-        text = f"<its text cannot be had: {_sound(type(why).__name__[:200])}>"
+        text = f"<its text cannot be had: {type(why).__name__[:200]}>"
     try:
         # The first frame is ours.
         trail = error.__traceback__.tb_next if error.__traceback__ else None

@@ -1,0 +1,680 @@
+"""The dispatcher as a state machine: no process, no socket, no clock."""
+
+from collections import deque
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from workers.calls import RETURNED, Answer, Call, Failure, Outcome
+from workers.dispatcher import OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
+from workers.errors import (
+    CallCancelled,
+    CallTimeout,
+    Poisoned,
+    ShuttingDown,
+    TaskError,
+    WorkerLost,
+)
+
+IDLE = Running(0, 0.0)
+WINDOW, TINY = 2.0**-9, 2.0**-13  # 16 fit, without rounding
+RAISED = Failure("task_error", "ValueError: no", "ValueError", None, True)
+FATAL = Failure("task_error", "KeyError: no", "KeyError", None, False)
+
+
+def lost(call: Call) -> WorkerLost:
+    return WorkerLost(f"lost {call.task}", receipt={"attempt": call.attempt - 1})
+
+
+def idle(worker: int) -> Running:
+    return IDLE
+
+
+def call(task: str = "tiny", **options: object) -> Call:
+    return Call(task, None, **options)  # type: ignore[arg-type]
+
+
+def taught(workers: int = 1, **costs: float) -> Dispatcher:
+    """A dispatcher with ready workers, which knows what tasks take."""
+    dispatcher = Dispatcher(window=WINDOW)
+    dispatcher.worker_ready(0, 0.0)
+    for task, seconds in costs.items():
+        number = dispatcher.submit(call(task))
+        assert dict(dispatcher.assign(0.0)).keys() == {0}
+        assert dispatcher.answered(0, Answer(number, seconds, b"1"), 0.0)
+    dispatcher.worker_lost(0, 0, lost)
+    for id in range(1, workers + 1):
+        dispatcher.worker_ready(id, 0.0)
+    return dispatcher
+
+
+def assigned(dispatcher: Dispatcher, now: float = 0.0) -> dict[int, list[Call]]:
+    return dict(dispatcher.assign(now))
+
+
+def done(dispatcher: Dispatcher, worker: int, item: Call, seconds: float = 1e-5, now: float = 0.0) -> Outcome:
+    outcome = dispatcher.answered(worker, Answer(item.number, seconds, b"1"), now)
+    assert outcome is not None and outcome.call is item and outcome.result == b"1"
+    return outcome
+
+
+def empty(dispatcher: Dispatcher) -> bool:
+    """No table holds anything of any call."""
+    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order)
+    timers = (dispatcher._deadlines, dispatcher._limits, dispatcher._backoff)
+    counters = (dispatcher.queued, dispatcher.assigned, dispatcher._stale, len(dispatcher))
+    return not any(tables) and not any(map(len, timers)) and not any(counters)
+
+
+# -- credit
+
+
+def test_tiny_calls_travel_together_up_to_the_window() -> None:
+    dispatcher = taught(tiny=TINY)
+    for _ in range(100):
+        dispatcher.submit(call())
+    batches = assigned(dispatcher)
+    assert len(batches[1]) == 16
+    assert repr(dispatcher) == "<Dispatcher 1 workers, 84 queued, 16 assigned>"
+    assert assigned(dispatcher) == {}
+
+
+def test_the_number_of_calls_is_limited_too() -> None:
+    dispatcher = taught(2, tiny=0.0)
+    for _ in range(2000):
+        dispatcher.submit(call())
+    assert {id: len(calls) for id, calls in assigned(dispatcher).items()} == {1: 512, 2: 512}
+
+
+def test_an_unknown_call_is_alone() -> None:
+    dispatcher = taught(2, tiny=0.0)
+    unknown = [call("unknown") for _ in range(3)]
+    for item in [*unknown, call(), call()]:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [unknown[0]], 2: [unknown[1]]}
+    assert assigned(dispatcher) == {}
+
+
+def test_a_long_call_is_alone() -> None:
+    dispatcher = taught(1, long=1.0, tiny=0.0001)
+    long, behind = call("long"), call()
+    dispatcher.submit(long)
+    dispatcher.submit(behind)
+    assert assigned(dispatcher) == {1: [long]}
+    done(dispatcher, 1, long, 1.0)
+    assert assigned(dispatcher) == {1: [behind]}
+
+
+def test_the_least_loaded_worker_is_next() -> None:
+    dispatcher = taught(3, tiny=0.0001)
+    calls = [call() for _ in range(9)]
+    for item in calls:
+        dispatcher.submit(item)
+    assert {id: len(batch) for id, batch in assigned(dispatcher).items()} == {1: 3, 2: 3, 3: 3}
+
+
+def test_an_idle_worker_is_taken_before_one_whose_load_was_rounded() -> None:
+    dispatcher = taught(2, tiny=0.0001)
+    dispatcher.submit(first := call())
+    assert assigned(dispatcher) == {1: [first]}
+    dispatcher._workers[1].load = -1e-19
+    dispatcher.submit(unknown := call("unknown"))
+    assert assigned(dispatcher) == {2: [unknown]}
+
+
+def test_long_calls_leave_a_worker_for_tiny_ones() -> None:
+    dispatcher = taught(2, long=1.0, tiny=TINY)
+    longs, tinies = [call("long") for _ in range(2)], [call() for _ in range(50)]
+    for item in (longs[0], *tinies, longs[1]):
+        dispatcher.submit(item)
+    batches = assigned(dispatcher)
+    assert batches[1] == [longs[0]] and batches[2] == tinies[:16]
+    finished = 0
+    while longs[1] not in batches[2]:
+        for item in batches[2]:
+            done(dispatcher, 2, item)
+            finished += 1
+        batches = assigned(dispatcher)
+    assert finished == 50  # nobody overtook anybody, and nobody waited for the long one
+
+
+def test_a_worker_that_is_silent_gets_no_more() -> None:
+    dispatcher = taught(2, tiny=0.0001)
+    dispatcher.submit(first := call())
+    assert assigned(dispatcher) == {1: [first]}
+    dispatcher.submit(second := call())
+    dispatcher.submit(third := call())
+    assert assigned(dispatcher, 2 * STUCK) == {2: [second, third]}
+    done(dispatcher, 1, first, now=2 * STUCK)
+    for item in [call() for _ in range(6)]:
+        dispatcher.submit(item)
+    assert set(assigned(dispatcher, 2 * STUCK)) == {1, 2}
+
+
+def test_a_call_that_is_queued_while_all_are_silent_goes_to_the_first_that_answers() -> None:
+    dispatcher = taught(2, tiny=0.0001)
+    items = [call(), call()]
+    for item in items:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    dispatcher.submit(waiting := call())
+    assert assigned(dispatcher, 1.0) == {}
+    done(dispatcher, 2, items[1], now=1.0)
+    assert assigned(dispatcher, 1.0) == {2: [waiting]}
+
+
+def test_one_slow_run_does_not_close_the_window_of_a_tiny_task() -> None:
+    dispatcher = taught(1, tiny=0.00001)
+    dispatcher.submit(slow := call())
+    assigned(dispatcher)
+    done(dispatcher, 1, slow, 0.01)
+    assert dispatcher.predicted("tiny") == pytest.approx(0.00001 + 0.00999 / 16)
+    assert dispatcher.predicted("never") is None
+
+
+def test_nonsense_run_times_do_not_break_the_prediction() -> None:
+    dispatcher = taught(1, tiny=0.0)
+    for seconds in (float("nan"), -5.0, 0.0):
+        dispatcher.submit(item := call())
+        assigned(dispatcher)
+        done(dispatcher, 1, item, seconds)
+    assert dispatcher.predicted("tiny") == pytest.approx(1e-6)
+
+
+# -- order
+
+
+def test_first_in_first_out_within_a_priority_and_the_higher_first() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call(priority=priority) for priority in (0, 5, 0, -1, 5)]
+    for item in calls:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [calls[1], calls[4], calls[0], calls[2], calls[3]]}
+
+
+def test_requeued_calls_come_first_in_their_old_order() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call(priority=priority) for priority in (0, 0, 1, 1)]
+    for item in calls:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [calls[2], calls[3], calls[0], calls[1]]}
+    later = [call(priority=1), call()]
+    for item in later:
+        dispatcher.submit(item)
+    assert dispatcher.worker_lost(1, 0, lost) == []
+    dispatcher.worker_ready(2, 0.0)
+    assert assigned(dispatcher) == {2: [calls[2], calls[3], later[0], calls[0], calls[1], later[1]]}
+    assert [item.attempt for item in calls] == [1, 1, 1, 1]
+
+
+def test_returned_calls_come_first_in_their_old_order_and_go_elsewhere() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call() for _ in range(4)]
+    for item in calls:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    dispatcher.submit(later := call())
+    old = [item.number for item in calls]
+    for item in reversed(calls[1:]):
+        assert dispatcher.answered(1, Answer(item.number, 0.0, None, Failure(RETURNED, "")), 0.0) is None
+    assert assigned(dispatcher) == {1: []} or not assigned(dispatcher)  # its worker is busy for long
+    dispatcher.worker_ready(2, 0.0)
+    assert assigned(dispatcher) == {2: [*calls[1:], later]}
+    assert [item.attempt for item in calls] == [1, 1, 1, 1]
+    assert all(item.number not in old for item in calls[1:])
+    done(dispatcher, 1, calls[0], 1.0)
+    dispatcher.submit(last := call(priority=9))
+    assert 1 in assigned(dispatcher) and dispatcher.holder(last.number) == 1
+
+
+def test_a_cancelled_call_that_is_returned_stays_cancelled() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call(), call()]
+    for item in calls:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    assert isinstance(dispatcher.cancel(calls[1].number, 0.0, IDLE), Outcome)
+    assert dispatcher.answered(1, Answer(calls[1].number, 0.0, None, Failure(RETURNED, "")), 0.0) is None
+    done(dispatcher, 1, calls[0])
+    assert empty(dispatcher)
+
+
+# -- ends
+
+
+def test_a_raised_error_is_tried_again_after_its_backoff() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    item = call(retries=2, backoff=lambda failed: float(failed))
+    dispatcher.submit(item)
+    numbers = []
+    for now, after in ((0.0, 1.0), (1.0, 3.0)):
+        assert assigned(dispatcher, now) == {1: [item]}
+        numbers.append(item.number)
+        assert dispatcher.answered(1, Answer(item.number, 0.1, None, RAISED), now) is None
+        assert dispatcher.queued == 1 and assigned(dispatcher, now) == {}
+        assert dispatcher.next_deadline() == after
+        assert dispatcher.due(after, idle) == ([], [])
+    assert assigned(dispatcher, 3.0) == {1: [item]} and item.job().attempt == 3
+    outcome = dispatcher.answered(1, Answer(item.number, 0.1, None, RAISED), 3.0)
+    assert outcome and isinstance(outcome.error, TaskError) and str(outcome.error) == "ValueError: no"
+    assert len({*numbers, item.number}) == 3 and empty(dispatcher)
+
+
+def test_an_error_that_is_not_for_retrying_ends_the_call() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    dispatcher.submit(item := call(retries=2))
+    assigned(dispatcher)
+    outcome = dispatcher.answered(1, Answer(item.number, 0.1, None, FATAL), 0.0)
+    assert outcome and isinstance(outcome.error, TaskError)
+
+
+def test_only_the_call_that_ran_pays_for_a_death() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call(crashes=0) for _ in range(3)]
+    for item in calls:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    (outcome,) = dispatcher.worker_lost(1, calls[1].number, lost)
+    assert outcome.call is calls[1] and isinstance(outcome.error, WorkerLost)
+    assert outcome.error.receipt == {"attempt": 1}
+    assert [item.crashed for item in calls] == [0, 1, 0]
+    assert dispatcher.worker_lost(1, calls[0].number, lost) == []
+
+
+def test_a_call_that_keeps_killing_is_poisoned() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    dispatcher.submit(item := call(crashes=1))
+    for id in (1, 2):
+        dispatcher.worker_ready(id, 0.0)
+        assert assigned(dispatcher) == {id: [item]}
+        outcomes = dispatcher.worker_lost(id, item.number, lost)
+    (outcome,) = outcomes
+    assert isinstance(outcome.error, Poisoned) and outcome.error.receipt == {"attempt": 2}
+    assert empty(dispatcher)
+
+
+def test_late_and_repeated_answers_match_nothing() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    dispatcher.submit(item := call())
+    assigned(dispatcher)
+    old = item.number
+    dispatcher.worker_lost(1, 0, lost)
+    assert dispatcher.answered(1, Answer(old, 0.1, b"1"), 0.0) is None
+    dispatcher.worker_ready(2, 0.0)
+    assigned(dispatcher)
+    assert dispatcher.answered(2, Answer(old, 0.1, b"1"), 0.0) is None
+    assert dispatcher.answered(3, Answer(item.number, 0.1, b"1"), 0.0) is None
+    done(dispatcher, 2, item)
+    assert dispatcher.answered(2, Answer(item.number, 0.1, b"1"), 0.0) is None
+    assert empty(dispatcher)
+
+
+def test_cancel_while_queued_waiting_in_a_window_running_and_ended() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    running, held = call(), call()
+    for item in (running, held):
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    dispatcher.submit(queued := call())
+    runs = Running(running.number, 0.0)
+    for item in (queued, held):
+        outcome = dispatcher.cancel(item.number, 0.0, runs)
+        assert isinstance(outcome, Outcome) and isinstance(outcome.error, CallCancelled)
+        assert dispatcher.cancel(item.number, 0.0, runs) is None
+    why = ShuttingDown("bye")
+    assert dispatcher.cancel(running.number, 0.0, runs, why) == Doom(1, why)
+    assert len(dispatcher) == 1
+    (ended,) = dispatcher.worker_lost(1, running.number, lost)
+    assert ended.call is running and ended.error is why
+    assert empty(dispatcher)
+
+
+def test_a_doomed_call_that_ends_in_the_last_moment_does_not_run_again() -> None:
+    for how in ("answer lost", "raised", "next one runs"):
+        dispatcher = taught(1, tiny=0.0001)
+        doomed, behind = call(retries=3, crashes=3), call()
+        for item in (doomed, behind):
+            dispatcher.submit(item)
+        assigned(dispatcher)
+        assert isinstance(dispatcher.cancel(doomed.number, 0.0, Running(doomed.number, 0.0)), Doom)
+        if how == "raised":
+            outcome = dispatcher.answered(1, Answer(doomed.number, 0.1, None, RAISED), 0.0)
+            assert outcome and isinstance(outcome.error, CallCancelled)
+        outcomes = dispatcher.worker_lost(1, behind.number if how == "next one runs" else 0, lost)
+        if how != "raised":
+            assert [outcome.call for outcome in outcomes] == [doomed]
+            assert isinstance(outcomes[0].error, CallCancelled)
+        assert dispatcher.queued == 1 and behind.attempt == 1
+
+
+def test_two_calls_may_doom_the_same_worker() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    calls = [call(), call()]
+    for item in calls:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    for item in calls:
+        assert isinstance(dispatcher.cancel(item.number, 0.0, Running(item.number, 0.0)), Doom)
+    outcomes = dispatcher.worker_lost(1, calls[1].number, lost)
+    assert [type(outcome.error) for outcome in outcomes] == [CallCancelled, CallCancelled]
+    assert empty(dispatcher)
+
+
+def test_cancelled_calls_do_not_pile_up_in_a_queue_that_nobody_takes_from() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.submit(call())
+    for priority in range(1000):
+        number = dispatcher.submit(call(priority=priority % 7))
+        dispatcher.cancel(number, 0.0, IDLE)
+        assert sum(map(len, dispatcher._queues.values())) <= 3
+    assert dispatcher.queued == 1
+
+
+def test_abandon_ends_what_is_queued_and_no_more() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    held, retried, queued = call(), call(retries=1, backoff=lambda failed: 9.0), call("unknown")
+    for item in (held, retried):
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    dispatcher.answered(1, Answer(retried.number, 0.1, None, RAISED), 0.0)
+    dispatcher.submit(queued)
+    outcomes = dispatcher.abandon(WorkerLost("no more"))
+    assert {outcome.call for outcome in outcomes} == {retried, queued}
+    assert dispatcher.queued == 0 and dispatcher.next_deadline() is None
+    done(dispatcher, 1, held)
+    assert empty(dispatcher)
+
+
+# -- time
+
+
+def test_a_deadline_counts_while_queued_too() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.submit(item := call(deadline=5.0))
+    assert dispatcher.next_deadline() == 5.0
+    assert dispatcher.due(4.9, idle) == ([], [])
+    ((outcome,), dooms) = dispatcher.due(5.0, idle)
+    assert outcome.call is item and isinstance(outcome.error, CallTimeout) and not dooms
+    assert empty(dispatcher)
+
+
+def test_a_limit_counts_from_when_the_worker_began() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    dispatcher.submit(item := call(timeout=1.0))
+    assigned(dispatcher)
+    assert dispatcher.due(1.0, idle) == ([], [])  # it waits behind another
+    assert dispatcher.next_deadline() == 1.0 + OVERDUE_CHECK
+    began = Running(item.number, 1.01)
+    assert dispatcher.due(1.5, lambda id: began) == ([], [])
+    assert dispatcher.next_deadline() == 2.01
+    outcomes, (doom,) = dispatcher.due(2.01, lambda id: began)
+    assert not outcomes and doom.worker == 1 and isinstance(doom.error, CallTimeout)
+    assert dispatcher.next_deadline() is None  # it does not spin while the worker dies
+    (ended,) = dispatcher.worker_lost(1, item.number, lost)
+    assert ended.error is doom.error and item.crashed == 0
+
+
+def test_a_given_up_call_that_starts_and_lasts_costs_its_worker() -> None:
+    dispatcher = taught(1, tiny=0.0001)
+    given_up, other = call(), call()
+    for item in (given_up, other):
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    assert isinstance(dispatcher.cancel(given_up.number, 0.0, IDLE), Outcome)
+    began = Running(given_up.number, 0.01)
+    assert dispatcher.due(OVERDUE_CHECK, lambda id: began) == ([], [])
+    outcomes, (doom,) = dispatcher.due(0.01 + OVERDUE_CHECK, lambda id: began)
+    assert not outcomes and doom.worker == 1
+    assert dispatcher.worker_lost(1, given_up.number, lost) == []
+    assert dispatcher.queued == 1 and other.attempt == 1 and len(dispatcher) == 1
+
+
+# -- everything at once
+
+
+class Child:
+    """What a worker process does: takes calls in order, one at a time; its answers travel for a while."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[int] = deque()
+        self.running = IDLE
+        self.answers: deque[Answer] = deque()
+        self.doomed = False
+
+
+COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
+ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)}
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dispatcher = Dispatcher(max_window=6)
+        self.now = 100.0
+        self.children: dict[int, Child] = {}
+        self.count = 0
+        self.calls: list[Call] = []
+        self.ended: dict[Call, Outcome] = {}
+        self.said: list[tuple[int, Answer]] = []
+
+    def take(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            assert outcome.call in self.calls and outcome.call not in self.ended
+            assert (outcome.result is None) != (outcome.error is None)
+            self.ended[outcome.call] = outcome
+
+    def runs(self, worker: int) -> Running:
+        return self.children[worker].running
+
+    def obey(self, dooms: Iterable[Doom]) -> None:
+        for doom in dooms:
+            self.children[doom.worker].doomed = True
+
+    def some(self, pick: int) -> int | None:
+        return sorted(self.children)[pick % len(self.children)] if self.children else None
+
+    # rules
+
+    @initialize(workers=st.integers(0, 3))
+    def start(self, workers: int) -> None:
+        for _ in range(workers):
+            self.ready()
+
+    @rule(
+        task=st.sampled_from(sorted(COSTS)),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        timeout=st.sampled_from([None, None, 0.01, 1.0]),
+        deadline=st.sampled_from([None, None, -1.0, 0.05, 2.0]),
+        retries=st.integers(0, 2),
+        crashes=st.integers(0, 2),
+        backoff=st.sampled_from([None, 0.0, 0.5]),
+        count=st.sampled_from([1, 1, 4]),
+    )
+    def submit(
+        self,
+        task: str,
+        priority: int,
+        timeout: float | None,
+        deadline: float | None,
+        retries: int,
+        crashes: int,
+        backoff: float | None,
+        count: int,
+    ) -> None:
+        for _ in range(count):
+            new = Call(
+                task,
+                None,
+                priority=priority,
+                timeout=timeout,
+                deadline=None if deadline is None else self.now + deadline,
+                retries=retries,
+                crashes=crashes,
+                backoff=None if backoff is None else lambda failed: backoff,
+            )
+            self.calls.append(new)
+            assert self.dispatcher.submit(new) == new.number
+
+    @precondition(lambda self: len(self.children) < 4)
+    @rule()
+    def ready(self) -> None:
+        self.count += 1
+        self.children[self.count] = Child()
+        self.dispatcher.worker_ready(self.count, self.now)
+
+    @rule()
+    def assign(self) -> None:
+        for worker, calls in self.dispatcher.assign(self.now):
+            child = self.children[worker]
+            assert calls and not child.doomed
+            for item in calls:
+                assert item not in self.ended
+                assert item.job().attempt == item.failed + item.crashed + 1
+                assert all(item.number not in other.waiting for other in self.children.values())
+                child.waiting.append(item.number)
+            held = self.dispatcher._workers[worker].calls.values()
+            assert len(held) <= 6
+            assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
+
+    @rule(pick=st.integers(0, 3))
+    def begin(self, pick: int) -> None:
+        worker = self.some(pick)
+        if worker is not None and (child := self.children[worker]).waiting and child.running is IDLE:
+            child.running = Running(child.waiting.popleft(), self.now)
+
+    @rule(pick=st.integers(0, 3), end=st.sampled_from(sorted(ENDS)), arrives=st.booleans())
+    def finish(self, pick: int, end: str, arrives: bool) -> None:
+        self.begin(pick)
+        worker = self.some(pick)
+        if worker is None or (child := self.children[worker]).running is IDLE:
+            return
+        number, child.running = child.running.call, IDLE
+        item = self.dispatcher.call(number)
+        child.answers.append(Answer(number, COSTS[item.task] if item else 0.5, *ENDS[end]))
+        if arrives:
+            self.deliver(worker)
+
+    def deliver(self, worker: int) -> None:
+        answers = self.children[worker].answers
+        while answers:
+            answer = answers.popleft()
+            self.said.append((worker, answer))
+            outcome = self.dispatcher.answered(worker, answer, self.now)
+            self.take([outcome] if outcome else [])
+
+    @rule(pick=st.integers(0, 3))
+    def arrive(self, pick: int) -> None:
+        worker = self.some(pick)
+        if worker is not None:
+            self.deliver(worker)
+
+    @precondition(lambda self: self.said)
+    @rule(pick=st.integers(0, 1000), elsewhere=st.booleans())
+    def repeat(self, pick: int, elsewhere: bool) -> None:
+        worker, answer = self.said[pick % len(self.said)]
+        if elsewhere and self.children:
+            worker = sorted(self.children)[pick % len(self.children)]
+        assert self.dispatcher.answered(worker, answer, self.now) is None
+
+    @rule(pick=st.integers(0, 3))
+    def give_back(self, pick: int) -> None:
+        worker = self.some(pick)
+        if worker is not None:
+            child = self.children[worker]
+            while child.waiting:
+                child.answers.append(Answer(child.waiting.pop(), 0.0, None, Failure(RETURNED, "")))
+
+    @rule(pick=st.integers(0, 3), seen=st.booleans(), nonsense=st.sampled_from([None, None, 0, 10**9]))
+    def lose(self, pick: int, seen: bool, nonsense: int | None) -> None:
+        worker = self.some(pick)
+        if worker is None:
+            return
+        if seen:
+            self.deliver(worker)
+        child = self.children.pop(worker)
+        running = child.running.call if nonsense is None else nonsense
+        charged: list[Call] = []
+
+        def pay(item: Call) -> WorkerLost:
+            charged.append(item)
+            return lost(item)
+
+        item = self.dispatcher.call(child.running.call) if nonsense is None else None
+        before = {call: call.crashed for call in self.calls}
+        self.take(self.dispatcher.worker_lost(worker, running, pay))
+        assert set(charged) <= {item}
+        assert {call for call in self.calls if call.crashed != before[call]} <= {item}
+        assert not (child.doomed and charged)
+
+    @precondition(lambda self: self.calls)
+    @rule(pick=st.integers(0, 1000), last=st.booleans())
+    def cancel(self, pick: int, last: bool) -> None:
+        item = self.calls[-1 - pick % 3 if last and len(self.calls) > 2 else pick % len(self.calls)]
+        holder = self.dispatcher.holder(item.number)
+        runs = self.runs(holder) if holder else IDLE
+        what = self.dispatcher.cancel(item.number, self.now, runs)
+        if isinstance(what, Doom):
+            assert runs.call == item.number and item not in self.ended
+            self.obey([what])
+        else:
+            assert (what is None) == (item in self.ended)
+            self.take([what] if what else [])
+
+    @rule(seconds=st.sampled_from([0.0, 0.001, 0.004, 0.02, 0.5, 3.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        outcomes, dooms = self.dispatcher.due(self.now, self.runs)
+        self.take(outcomes)
+        self.obey(dooms)
+        due = self.dispatcher.next_deadline()
+        assert due is None or due > self.now
+
+    @rule(pick=st.integers(0, 3))
+    def retire(self, pick: int) -> None:
+        worker = self.some(pick)
+        if worker is not None and len(self.children) > 2:
+            self.dispatcher.retire(worker)
+
+    # what always holds
+
+    @invariant()
+    def counters_are_real(self) -> None:
+        dispatcher = self.dispatcher
+        held = [item for worker in dispatcher._workers.values() for item in worker.calls.values()]
+        assert dispatcher.assigned == len(held) == len(dispatcher._holder)
+        waiting = [item for queue in dispatcher._queues.values() for item in queue]
+        live = [item for item in waiting if not item.settled]
+        assert dispatcher.queued == len(live) + len(dispatcher._backoff)
+        assert dispatcher._stale == len(waiting) - len(live)
+        assert len(dispatcher) == len(self.calls) - len(self.ended)
+        assert len({id(item) for item in (*held, *live)}) == len(held) + len(live)
+
+    @invariant()
+    def loads_are_those_of_the_calls(self) -> None:
+        for worker in self.dispatcher._workers.values():
+            real = sum(item.cost for item in worker.calls.values())
+            assert worker.load >= real * 0.999999 - 1e-9
+            assert worker.calls or worker.load == 0.0
+
+    def teardown(self) -> None:
+        self.ready()
+        for _ in range(20 * (len(self.calls) + 1)):
+            if empty(self.dispatcher):
+                break
+            self.pass_time(1.0)
+            self.assign()
+            for pick, worker in enumerate(sorted(self.children)):
+                if self.children[worker].doomed:
+                    self.lose(pick, True, None)
+                    break
+                self.deliver(worker)
+                self.finish(pick, "result", True)
+        assert empty(self.dispatcher)
+        assert set(self.ended) == set(self.calls)
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
