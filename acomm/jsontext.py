@@ -7,6 +7,7 @@ has an end.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -83,8 +84,9 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
     elif not isinstance(value, type):
         # Asked of the class, as an instance may answer to any name.
         cls = type(value)
-        names = [*getattr(cls, "__struct_fields__", ()), *getattr(cls, "__dataclass_fields__", ())]
-        names += [field.name for field in getattr(cls, "__attrs_attrs__", ())]
+        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        names = [field.name for field in (*fields, *getattr(cls, "__attrs_attrs__", ()))]
+        names += getattr(cls, "__struct_fields__", ())
         yield from ((name, getattr(value, name, None)) for name in names)
 
 

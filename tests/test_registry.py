@@ -618,11 +618,11 @@ def _circle() -> list[Any]:
         (int, "result is of type type, which JSON cannot express"),
         ([1j], "result[0] is of type complex, which JSON cannot express"),
         (Answers(), f"result is of type {__name__}.Answers, which JSON cannot express"),
-        ({"a": {(1, 2): 3}}, "result.a has the key (1, 2), which JSON cannot express"),
+        ({"a": {(1, 2): 3}}, "result.a has the key (1, 2): it is of type tuple, which JSON cannot express"),
         (["\ud800"], "result[0] holds a lone surrogate"),
-        ({"k": {"\ud800": 1}}, "result.k holds a lone surrogate"),
-        ([10**5000], "result[0] cannot be encoded: "),
-        (_circle(), "result nests too deeply, or contains itself"),
+        ({"k": {"\ud800": 1}}, "result.k has the key '\\ud800': it holds a lone surrogate"),
+        ([10**5000], "result[0] cannot be written as JSON: "),
+        (_circle(), "result is nested too deeply, or holds itself"),
     ],
 )
 def test_what_json_cannot_express_is_refused_with_its_place(value, text):

@@ -21,8 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
+from acomm.jsontext import encode
 from workers.errors import ConfigError, TaskError, TooLarge, printable
-from workers.signature import Bound, Parameters, RawArgs, encode_json
+from workers.signature import Bound, Parameters, RawArgs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -212,7 +213,7 @@ def encode_result(value: Any, limit: int) -> bytes:
 
     Raises TypeError, saying where, for what JSON cannot express; TooLarge beyond the limit.
     """
-    data = encode_json(value, "result")
+    data = encode(value, "result")
     if len(data) > limit:
         raise TooLarge(f"the result has {len(data)} bytes, more than the limit of {limit}")
     return data

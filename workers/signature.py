@@ -7,13 +7,10 @@ the arguments one by one and so can say which of them is wrong. Both give the sa
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import functools
 import inspect
-import math
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -21,6 +18,7 @@ from msgspec import UNSET, Raw
 from msgspec.structs import astuple
 
 from acomm.errors import BadArgs, ConfigError, printable
+from acomm.jsontext import encode
 
 RawArgs = bytes | memoryview | Raw | None
 Bound = tuple[tuple[Any, ...], dict[str, Any]]
@@ -259,7 +257,7 @@ class Parameters:
     # Encoding
 
     def _encode(self, name: str, value: Any) -> bytes:
-        return encode_json(value, f"{self._where}: argument {name}")
+        return encode(value, f"{self._where}: argument {name}")
 
     def _encode_whole(self, item: tuple[str, Any]) -> bytes:
         data = self._encode(*item)
@@ -283,83 +281,6 @@ def json_schema(hint: Any) -> dict[str, Any]:
         return msgspec.json.schema(hint)
     except Exception:
         return {}
-
-
-def encode_json(value: Any, what: str) -> bytes:
-    """`value` as JSON; `what` names it in errors.
-
-    Raises TypeError, saying where, for what JSON cannot express: an unknown type, a lone surrogate,
-    and NaN and infinity, which msgspec by itself would turn into null.
-    """
-    try:
-        data = _encode(value)
-    except Exception as error:
-        raise TypeError(_fault_text(value, what, frozenset()) or f"{what}: {_describe(error)}") from error
-    if b"null" in data:
-        text = _fault_text(value, what, _NEVER_NULL)
-        if text:
-            raise TypeError(text)
-    return data
-
-
-_NEVER_NULL: frozenset[type] = frozenset({str, int, bool, bytes, type(None)})
-"""Types whose values need no second look once they were encoded; most of any result is of these."""
-
-
-def _fault_text(value: Any, what: str, skip: frozenset[type]) -> str | None:
-    try:
-        fault = _fault(value, skip)
-    except RecursionError:
-        return f"{what} nests too deeply, or contains itself"
-    return None if fault is None else f"{what}{printable(fault[0])} {fault[1]}"
-
-
-def _fault(value: Any, skip: frozenset[type]) -> tuple[str, str] | None:
-    """The path and the nature of the first thing in `value` that JSON cannot express."""
-    if type(value) is float:
-        return None if math.isfinite(value) else ("", f"is {value}, which JSON cannot express")
-    if isinstance(value, enum.Enum):
-        return _fault(value.value, skip)
-    for step, item in _children(value):
-        if type(item) not in skip and (fault := _fault(item, skip)):
-            return _step_text(step) + fault[0], fault[1]
-    # With something to skip, the value as a whole has been encoded: only its floats are in doubt.
-    return None if skip or value is UNSET else _own_fault(value)
-
-
-def _children(value: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(value, dict):
-        yield from value.items()
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield from enumerate(value)
-    elif not isinstance(value, type):
-        cls = type(value)
-        # Asked of the class, as an instance may answer to any name.
-        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-        names = [field.name for field in (*fields, *getattr(cls, "__attrs_attrs__", ()))]
-        names += getattr(cls, "__struct_fields__", ())
-        yield from ((name, getattr(value, name, None)) for name in names)
-
-
-def _own_fault(value: Any) -> tuple[str, str] | None:
-    """What is wrong with `value` when nothing is wrong with what it holds."""
-    keys = value if isinstance(value, dict) else ()
-    for part in (*({key: 0} for key in keys), *(() if keys else (value,))):
-        try:
-            _encode(part)
-        except UnicodeEncodeError:
-            return "", "holds a lone surrogate, which UTF-8 cannot express"
-        except TypeError:
-            if keys:
-                return "", f"has the key {printable(repr(next(iter(part))), 50)}, which JSON cannot express"
-            return "", f"is of type {_type_name(type(value))}, which JSON cannot express"
-        except Exception as error:
-            return "", f"cannot be encoded: {_describe(error)}"
-    return None
-
-
-def _step_text(step: Any) -> str:
-    return f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]"
 
 
 def _inexpressible(info: Any, seen: frozenset[int] = frozenset()) -> type | None:
@@ -403,7 +324,7 @@ def _with_default(schema: dict[str, Any], parameter: inspect.Parameter) -> dict[
     if _required(parameter):
         return schema
     try:
-        return {**schema, "default": msgspec.json.decode(encode_json(parameter.default, ""))}
+        return {**schema, "default": msgspec.json.decode(encode(parameter.default, ""))}
     except Exception:
         return schema
 
