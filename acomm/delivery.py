@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from acomm.channel import Channels, Outgoing
 from acomm.errors import AcommError, BadRequest, printable
@@ -80,7 +81,7 @@ class _Attempt:
         self.wire = wire
         self.extended = extended
         self.failures = 0
-        self.since = asyncio.get_running_loop().time()
+        self.since = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
 
     def send(self) -> None:
@@ -102,7 +103,7 @@ class _Attempt:
             return
         self.failures += 1
         loop = asyncio.get_running_loop()
-        too_late = loop.time() - self.since > self.delivery.give_up_after
+        too_late = time.monotonic() - self.since > self.delivery.give_up_after
         if too_late or self.delivery._stopped or self.delivery.channels.closed:
             log.error("gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)

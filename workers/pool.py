@@ -275,7 +275,7 @@ class Pool:
                 for token, calls in self.dispatcher.assign(now):
                     self._send(self._workers[token], _encode([call.job() for call in calls]))
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
-            if not int(self._router.EVENTS) & zmq.POLLIN:
+            if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return outcomes
             now = time.monotonic()
             if now - begun > _BURST:

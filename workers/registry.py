@@ -141,7 +141,7 @@ class Task(Generic[P, R]):
 
     def check_args(self, raw: RawArgs) -> None:
         """Raises BadArgs unless `bind` would succeed."""
-        self.parameters.bind(raw)
+        self.parameters.check(raw)
 
     def encode_args(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """The JSON arguments of the call `task(*args, **kwargs)`, for a caller that holds the task.

@@ -86,6 +86,19 @@ class Parameters:
             return self._bind_one_by_one(data)
         return self._bind_one_by_one(data)
 
+    def check(self, raw: RawArgs) -> None:
+        """Raises BadArgs unless `bind` would succeed; takes half its time."""
+        data = raw if isinstance(raw, bytes | memoryview) else b"" if raw is None else memoryview(raw)
+        first = data[0] if data else 0
+        decoder = self._by_position if first == _ARRAY else self._by_name if first == _OBJECT else None
+        if decoder is None:
+            self._bind_one_by_one(data)
+            return
+        try:
+            decoder.decode(data)
+        except Exception:  # for the same reason as in `bind`
+            self._bind_one_by_one(data)
+
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """The JSON arguments of the call `function(*args, **kwargs)`, as `bind` reads them.
 
