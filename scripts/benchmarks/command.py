@@ -98,5 +98,3 @@ def _ratio(ratio: Spread) -> str:
 
 def _spread(spread: Spread, form: str) -> str:
     return f"{spread.median:{form}} ({spread.low:{form}} - {spread.high:{form}})"
-
-
