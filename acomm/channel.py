@@ -59,7 +59,13 @@ class Outgoing:
     __slots__ = ("deadline", "delivered", "expected", "extended", "payload", "sends", "wire")
 
     def __init__(
-        self, payload: bytes, delivered: Delivered, *, wire: int, extended: bool, expected: bytes = b""
+        self,
+        payload: bytes,
+        delivered: Delivered,
+        *,
+        wire: int,
+        extended: bool,
+        expected: bytes | None = None,
     ) -> None:
         self.payload = payload
         self.delivered = delivered
@@ -334,7 +340,6 @@ class _Pipeline(FrameProtocol):
         self._channel = channel
         self._waiting: deque[Outgoing] = deque()
         self._first: asyncio.Future[tuple[bool, AcommError | None]] | None = None
-        self._lost: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def first(self, message: Outgoing) -> asyncio.Future[tuple[bool, AcommError | None]]:
@@ -347,10 +352,12 @@ class _Pipeline(FrameProtocol):
         """Send a generation 1 message, which ends with the connection. Raises ConnectionLost when the
         peer is gone before it has all of it.
         """
-        self._lost = self._loop.create_future()
+        self.transport.set_write_buffer_limits(0)  # so that `drain` waits for the last byte
         self.write_raw(payload)
+        await self.drain()
+        if self.closed or self.transport.is_closing():
+            raise ConnectionLost("the peer closed the connection before it had the whole message")
         self.finish()
-        await self._lost
 
     def send(self, message: Outgoing) -> None:
         message.sends += 1
@@ -407,11 +414,6 @@ class _Pipeline(FrameProtocol):
         if self._first is not None and not self._first.done():
             self._first.set_exception(ConnectionLost("the peer closed the connection without an ack"))
             self._first.exception()  # whoever waited may have given up; it is not lost on anyone
-        if self._lost is not None and not self._lost.done():
-            if exc is None:
-                self._lost.set_result(None)
-            else:
-                self._lost.set_exception(ConnectionLost("the peer closed the connection too early"))
         self._channel.broken(self, self.take())
 
 
@@ -525,7 +527,12 @@ async def send(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAUL
 
 def send_sync(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAULT_TIMEOUT) -> None:
     """`send` for programs without an event loop. Raises RuntimeError inside one."""
-    asyncio.run(send(url, payload, wire=wire, timeout=timeout))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(send(url, payload, wire=wire, timeout=timeout))
+    else:
+        raise RuntimeError("send_sync would block the event loop that it is called in: await send instead")
 
 
 async def _respond(url: str, payload: Response, wire: int) -> None:

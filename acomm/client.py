@@ -7,6 +7,7 @@ Calls are resolved there. What callers write down while that thread is busy leav
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -66,6 +67,8 @@ class Call(Future[Any]):
 
     def cancel(self) -> bool:
         """Stop waiting, and have the supervisor stop the task, even one that runs. False if it is done."""
+        if self.cancelled():
+            return True
         if not super().cancel():
             return False
         self._client._cancel_remote(self.id)
@@ -75,20 +78,25 @@ class Call(Future[Any]):
         return asyncio.wrap_future(self).__await__()
 
     def _resolve(self, response: Response) -> None:
-        if not self.set_running_or_notify_cancel():
-            return
         if response.error is not None:
-            self.set_exception(response.error)
+            self._end(None, response.error)
             return
         try:
             raw = b"null" if response.result is None else memoryview(response.result)
-            self.set_result(jsontext.parse(raw, "result") if self._decode is None else self._decode(raw))
+            result = jsontext.parse(raw, "result") if self._decode is None else self._decode(raw)
         except Exception as error:
-            self.set_exception(error)
+            self._end(None, error)
+        else:
+            self._end(result, None)
 
-    def _fail(self, error: BaseException) -> None:
-        if self.set_running_or_notify_cancel():
-            self.set_exception(error)
+    def _end(self, result: Any, error: BaseException | None) -> None:
+        """Become done. Our own thread runs the callbacks then, and what they raise must not end it."""
+        if not self.set_running_or_notify_cancel():
+            return
+        try:
+            self.set_result(result) if error is None else self.set_exception(error)
+        except BaseException:  # Future itself catches an Exception; this is a SystemExit
+            log.exception("a callback of the call %s failed", self.id)
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -126,6 +134,8 @@ class Submitter:
         """Send a call and wait for its result. Raises the task's error as TaskError, and the others as
         `acomm.errors` has them.
         """
+        if threading.current_thread() is self._client._thread:
+            raise RuntimeError("a Call's callback cannot wait for a call: its thread brings the answers")
         return self.submit(task, *args, **kwargs).result()
 
     def using(
@@ -173,12 +183,13 @@ class Client(Submitter):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._outbox: deque[tuple[Call | None, Request]] = deque()
-        self._calls: dict[str, Call] = {}
+        self._answers: dict[str, _Answer] = {}
         self._pump_due = False
         self._closed = False
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
-        return f"<Client {self.url}, {len(self._calls)} calls>"
+        return f"<Client {self.url}, {len(self._answers)} calls>"
 
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that the supervisor serves, with the JSON Schema of their arguments."""
@@ -203,8 +214,9 @@ class Client(Submitter):
                 return
             self._closed = True
             loop, thread = self._loop, self._thread
-        if loop is not None and thread is not None:
-            loop.call_soon_threadsafe(self._stopped.set)
+        if loop is not None and thread is not None and self._pid == os.getpid():
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(self._stopped.set)
             if thread is not threading.current_thread():
                 thread.join()
 
@@ -236,12 +248,12 @@ class Client(Submitter):
         return call
 
     def _cancel_remote(self, id: str) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # closed: the supervisor learns nothing more from us
             self._post(None, Request("acomm.cancel", [id]))
-        except RuntimeError:
-            pass  # closed: the supervisor learns nothing more from us
 
     def _post(self, call: Call | None, request: Request) -> None:
+        if self._pid != os.getpid():  # before the lock, which another thread may have held at the fork
+            raise RuntimeError("the client is another process's: connect() anew after a fork")
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed")
@@ -272,13 +284,28 @@ class Client(Submitter):
         loop = self._loop
         try:
             loop.run_until_complete(self._serve())
+        except BaseException:
+            log.exception("the client's thread failed")
         finally:
+            if self._ready.done() and self._ready.exception() is None:
+                self._end("the client was closed")
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
 
+    def _end(self, why: str) -> None:
+        """Whatever the reason, no call is left waiting."""
+        with self._lock:
+            self._closed = True
+            waiting, self._outbox = self._outbox, deque()
+        for answer in list(self._answers.values()):
+            answer.set_exception(ConnectionLost(why))
+        for call, _ in waiting:
+            if call is not None:
+                call._end(None, ConnectionLost(why))
+
     async def _serve(self) -> None:
-        self._tracker = Tracker(default_timeout=self._default_timeout)
         try:
+            self._tracker = Tracker(default_timeout=self._default_timeout)
             await self._tracker.start()
         except BaseException as error:
             self._ready.set_exception(error)
@@ -287,37 +314,35 @@ class Client(Submitter):
         await self._stopped.wait()
         self._pump()
         await self._tracker.acknowledged()
+        self._end("the client was closed before the answer came")
         await self._tracker.stop(0)
-        for call in list(self._calls.values()):
-            call._fail(ConnectionLost("the client was closed"))
 
     def _pump(self) -> None:
         with self._lock:
             self._pump_due = False
             waiting, self._outbox = self._outbox, deque()
         for call, request in waiting:
+            answer = _Answer(self._answers, call, request.id)
             try:
-                self._tracker.post(self.url, request, _Answer(self._calls, call, request.id))
+                self._tracker.post(self.url, request, answer)
             except AcommError as error:
-                if call is not None:
-                    call._fail(error)
+                answer.set_exception(error)
             except Exception as error:
                 log.exception("a request could not be sent")
-                if call is not None:
-                    call._fail(BadRequest(f"the request could not be sent: {error}"))
+                answer.set_exception(BadRequest(f"the request could not be sent: {error}"))
 
 
 class _Answer:
     """What a Tracker resolves: passes on to the Call."""
 
-    __slots__ = ("call", "calls", "id")
+    __slots__ = ("answers", "call", "id")
 
-    def __init__(self, calls: dict[str, Call], call: Call | None, id: str) -> None:
-        self.calls = calls
+    def __init__(self, answers: dict[str, _Answer], call: Call | None, id: str) -> None:
+        self.answers = answers
         self.call = call
         self.id = id
         if call is not None:
-            calls[id] = call
+            answers[id] = self
 
     def done(self) -> bool:
         return self.call is None
@@ -328,11 +353,11 @@ class _Answer:
 
     def set_exception(self, error: BaseException) -> None:
         if (call := self._take()) is not None:
-            call._fail(error)
+            call._end(None, error)
 
     def _take(self) -> Call | None:
         call, self.call = self.call, None
-        self.calls.pop(self.id, None)
+        self.answers.pop(self.id, None)
         return call
 
 

@@ -170,7 +170,9 @@ def _captured(handler: Callable[..., Any]) -> list[tuple[str, Any]]:
     except (TypeError, ValueError):
         return []
     named = [(f"closure variable {name!r}", value) for name, value in found.nonlocals.items()]
-    named += [(f"global {name!r}", value) for name, value in found.globals.items()]
+    function = getattr(handler, "__func__", handler)
+    if isinstance(function, FunctionType) and not _in_importable_module(function):
+        named += [(f"global {name!r}", value) for name, value in found.globals.items()]
     defaults = getattr(handler, "__defaults__", None) or ()
     if (owner := getattr(handler, "__self__", None)) is not None:
         named.append(("the object that it is a method of", owner))

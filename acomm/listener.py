@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -37,7 +38,13 @@ log = logging.getLogger("acomm.listener")
 DEFAULT_FRAME_TIMEOUT = 30.0
 """Seconds for a message to come whole, and for a new connection to begin one."""
 
+_ACCEPTS_AT_ONCE = 64
+"""asyncio accepts as many connections as its `backlog` says before it turns to anything else; the
+kernel's own queue may be longer.
+"""
+
 _MAX_QUEUED = 64
+_MAX_GETSOCKOPT = 1024  # bytes; Python's own limit, enough for 256 groups
 _SO_PEERGROUPS = getattr(socket, "SO_PEERGROUPS", 59)
 _ucred = struct.Struct("iII")
 
@@ -116,10 +123,14 @@ class Connection(FrameProtocol):
         """
         if self.raw:
             raise BadRequest("a generation 1 peer reads no answer on its connection")
+        data = encode_payload(payload, wire or self.wire)
+        if not self.closed:
+            if self.transport.is_closing():
+                raise ConnectionLost("the connection is closed")
+            self.write_message(data)
+            await self.drain()
         if self.closed:
             raise ConnectionLost("the peer closed the connection")
-        self.write_message(encode_payload(payload, wire or self.wire))
-        await self.drain()
 
     def close(self) -> Done[None]:
         """Close once everything sent has left."""
@@ -131,9 +142,14 @@ class Connection(FrameProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         sock = transport.get_extra_info("socket")
-        pid, uid, gid = _ucred.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
-        self.peer = Peer(uid, gid, pid)
-        self._listener._connected(self, sock)
+        try:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size)
+            pid, uid, gid = _ucred.unpack(credentials)
+            self.peer = Peer(uid, gid, pid)
+            self._listener._connected(self, sock)
+        except BaseException:
+            self.abort()  # the event loop would go on, with a peer that nobody has authorised
+            raise
 
     def message_received(self, message: bytes) -> None:
         self.waiting_since = None
@@ -175,9 +191,11 @@ class Connection(FrameProtocol):
 
     def refuse(self, error: AcommError) -> None:
         """Tell the peer why, as the acknowledgement of a message that cannot be read, and close."""
-        if not self.raw and not self.closed:
+        if self.raw:
+            self.finish()
+        else:
             self.write_message(Response("", error=error).encode(2))
-        self.close()
+            self.finish_after_peer()
 
     def input_ended(self) -> None:
         self.waiting_since = None
@@ -286,8 +304,9 @@ class UnixListener:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_unix_server(
-                lambda: Connection(self), sock=self._bound.socket, backlog=socketpath.BACKLOG
+                lambda: Connection(self), sock=self._bound.socket, backlog=_ACCEPTS_AT_ONCE
             )
+            self._bound.socket.listen(socketpath.BACKLOG)
         except BaseException:
             self._bound.release()
             raise
@@ -298,6 +317,9 @@ class UnixListener:
         who took connections by `next_conn` are done with them; then close what is left.
         """
         self._stop_accepting()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._close_server()
         if self._taken and timeout != 0:
             try:
                 await asyncio.wait_for(self._none_taken.wait(), timeout)
@@ -343,14 +365,29 @@ class UnixListener:
         if self._stopped:
             return
         self._stopped = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        if self._server is not None:
-            self._server.close()
-            self._server = None
         if self._bound is not None:
-            self._bound.release()
+            self._bound.hide()
         self._waiting.put_nowait(None)
+
+    async def _close_server(self) -> None:
+        """Let those who connected before our path was gone come in, to be closed by `_connected`: asyncio
+        loses what it has accepted when its server is closed at that moment.
+        """
+        if self._server is None or self._bound is None:
+            return
+        server, self._server = self._server, None
+        try:
+            knocking = select.poll()
+            knocking.register(self._bound.socket, select.POLLIN)
+            for _ in range(socketpath.BACKLOG // _ACCEPTS_AT_ONCE):
+                if not knocking.poll(0):
+                    break
+                await asyncio.sleep(0)
+            for _ in range(3):  # the turns of the loop from accepting to `connection_made`
+                await asyncio.sleep(0)
+        finally:
+            server.close()
+            self._bound.release()
 
     # -- called by connections ----------------------------------------------------------------------
 
@@ -385,7 +422,10 @@ class UnixListener:
             return False
         if peer.gid in self._gids:
             return True
-        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 65536)
+        try:
+            groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_GETSOCKOPT)
+        except OSError:  # it has more groups than fit
+            return False
         return any(gid in self._gids for (gid,) in struct.iter_unpack("I", groups))
 
     def _sweep(self) -> None:

@@ -78,14 +78,18 @@ class BoundSocket:
         self._lock = lock
         self._inode = os.stat(path, follow_symlinks=False).st_ino
 
-    def release(self) -> None:
-        """Close the socket and remove its file, unless another has taken its place."""
-        self.socket.close()
+    def hide(self) -> None:
+        """Remove the socket's file, unless another has taken its place: nobody new can connect."""
         try:
             if os.stat(self.path, follow_symlinks=False).st_ino == self._inode:
                 os.unlink(self.path)
         except OSError:
             pass  # gone already, or in a folder that is
+
+    def release(self) -> None:
+        """Give the path back and close the socket."""
+        self.hide()
+        self.socket.close()
         _unlock(self.path, self._lock)
 
 

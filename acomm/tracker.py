@@ -36,7 +36,7 @@ from acomm.errors import (
     printable,
 )
 from acomm.listener import Connection, UnixListener
-from acomm.messages import Handler, Request, Response, ok_ack
+from acomm.messages import Handler, Handlers, Request, Response, ok_ack
 from acomm.transport import Done
 from acomm.urls import unix_path
 
@@ -69,14 +69,23 @@ class Answer(Protocol):
 
 
 class Tracked:
-    """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook."""
+    """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook;
+    `pickled` are handlers that came with it and may be unpickled here.
+    """
 
-    __slots__ = ("proxied", "request", "resolve")
+    __slots__ = ("pickled", "proxied", "request", "resolve")
 
-    def __init__(self, request: Request, proxied: bool, resolve: Callable[[Response], None] | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        proxied: bool,
+        resolve: Callable[[Response], None] | None,
+        pickled: Handlers | None,
+    ) -> None:
         self.request = request
         self.proxied = proxied
         self.resolve = resolve
+        self.pickled = pickled
 
 
 class Tracker:
@@ -110,6 +119,7 @@ class Tracker:
         self._table: dict[str, Tracked] = {}
         self._deadlines: Deadlines[str] = Deadlines()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = math.inf  # uvloop's handles do not always know
         self._finishing: set[asyncio.Task[None]] = set()
         self._started = False
         self._unacknowledged = 0
@@ -165,9 +175,15 @@ class Tracker:
         await self.channels.close()
 
     async def finish(self, timeout: float) -> None:
-        """Wait, at most `timeout` seconds, until the handlers that run now have ended."""
+        """Wait, at most `timeout` seconds, until the handlers that run now have ended. The answers of those
+        that have not are then passed on without them.
+        """
         if self._finishing:
-            await asyncio.wait(self._finishing, timeout=timeout)
+            _, late = await asyncio.wait(self._finishing, timeout=timeout)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
 
     async def __aenter__(self) -> Tracker:
         await self.start()
@@ -194,9 +210,11 @@ class Tracker:
         *,
         proxied: bool = False,
         resolve: Callable[[Response], None] | None = None,
+        unpickle: bool = False,
     ) -> None:
         """As `track_request`, for services: `resolve(response)` is told the response after the handlers
-        have run; `proxied` posts it to the request's hook.
+        have run; `proxied` posts it to the request's hook; `unpickle` runs the request's pickled handlers,
+        for whoever has made sure that its sender may run code here.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -204,12 +222,12 @@ class Tracker:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
         if request.id in self._table:
             raise Conflict(f"the request id {printable(request.id)} is already tracked")
-        self._table[request.id] = Tracked(request, proxied, resolve)
+        self._table[request.id] = Tracked(request, proxied, resolve, request.handlers if unpickle else None)
         self._empty.clear()
         if timeout != math.inf:
             when = asyncio.get_running_loop().time() + timeout
             self._deadlines.set(request.id, when)
-            if self._timer is None or when < self._timer.when():
+            if self._timer is None or when < self._timer_due:
                 self._set_timer(when)
 
     def remove_request(self, request: Request | str) -> Done[bool]:
@@ -234,12 +252,12 @@ class Tracker:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_at(when, self._tick)
+        self._timer_due = when
 
     def _tick(self) -> None:
-        assert self._timer is not None
-        now = asyncio.get_running_loop().time()
-        late = now - self._timer.when()
         self._timer = None
+        now = asyncio.get_running_loop().time()
+        late = now - self._timer_due
         if late > _LATE:
             log.warning("this process stood still for %.1f s; deadlines move", late)
             self._deadlines.postpone(late + _GRACE)
@@ -267,7 +285,7 @@ class Tracker:
             return None
         request = entry.request
         if (
-            request.handlers is None
+            entry.pickled is None
             and (request.on_success if response.error is None else request.on_error) is None
         ):
             self._pass_on(entry, response)
@@ -278,27 +296,30 @@ class Tracker:
         return task
 
     async def _handle(self, entry: Tracked, response: Response) -> None:
-        running = asyncio.get_running_loop().create_task(self._run_handlers(entry.request, response))
-        done, _ = await asyncio.wait({running}, timeout=HANDLER_WAIT)
-        if not done:
-            log.warning("a handler of %s runs for over %g s", printable(entry.request.id), HANDLER_WAIT)
-        self._pass_on(entry, response)
+        running = asyncio.get_running_loop().create_task(self._run_handlers(entry, response))
+        try:
+            done, _ = await asyncio.wait({running}, timeout=HANDLER_WAIT)
+            if not done:
+                log.warning("a handler of %s runs for over %g s", printable(entry.request.id), HANDLER_WAIT)
+        finally:  # at a cancellation too: see `finish`
+            self._pass_on(entry, response)
         if not done:
             await running
 
-    async def _run_handlers(self, request: Request, response: Response) -> None:
-        for handler in self._handlers_of(request, response):
+    async def _run_handlers(self, entry: Tracked, response: Response) -> None:
+        request = entry.request
+        for handler in self._handlers_of(entry, response):
             try:
                 await handlers.run(handler, request, response, executor=self._executor)
             except Exception:
                 self.handler_errors += 1
                 log.exception("a handler of task %s failed", printable(request.task))
 
-    def _handlers_of(self, request: Request, response: Response) -> list[Handler]:
+    def _handlers_of(self, entry: Tracked, response: Response) -> list[Handler]:
         succeeded = response.error is None
-        handler = request.on_success if succeeded else request.on_error
+        handler = entry.request.on_success if succeeded else entry.request.on_error
         found = [] if handler is None else [handler]
-        pickled = request.handlers and (request.handlers.success if succeeded else request.handlers.error)
+        pickled = entry.pickled and (entry.pickled.success if succeeded else entry.pickled.error)
         if pickled:
             found.append(lambda request, response: handlers.load(pickled)(request, response))
         return found

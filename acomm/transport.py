@@ -91,11 +91,23 @@ class FrameProtocol(asyncio.Protocol):
 
     def finish(self) -> None:
         """Close once everything written has left; what still comes is dropped."""
-        self._deaf = True
         self._flush()
+        self._deaf = True
         if not self.closed:
             self._stuck()
             self.transport.close()
+
+    def finish_after_peer(self) -> None:
+        """Send no more and drop what comes, until the peer closes: one that is still writing would meet
+        a broken pipe, and not read what we have told it.
+        """
+        if self.peer_finished or self.closed or self.transport.is_closing():
+            self.finish()
+        elif not self._deaf:
+            self._flush()
+            self._deaf = True
+            self._stuck()
+            self.transport.write_eof()
 
     def finish_when_answered(self) -> None:
         """`finish` once nothing is owed: a peer that has closed its half still reads its answers."""
@@ -156,6 +168,7 @@ class FrameProtocol(asyncio.Protocol):
     def eof_received(self) -> bool:
         self.peer_finished = True
         if self._deaf:
+            self.finish()
             return True
         failure: Exception | None = None
         messages: list[bytes] = []
@@ -191,7 +204,7 @@ class FrameProtocol(asyncio.Protocol):
         if self._output:
             data = b"".join(self._output)
             self._output.clear()
-            if not self.closed and not self.transport.is_closing():
+            if not (self.closed or self._deaf or self.transport.is_closing()):
                 self.transport.write(data)
         if self._finish_when_answered and self.owed <= 0:
             self._finish_when_answered = False

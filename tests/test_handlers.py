@@ -6,7 +6,9 @@ import asyncio
 import base64
 import functools
 import io
+import json
 import logging
+import os
 import pickle
 import socket
 import subprocess
@@ -26,7 +28,7 @@ shared_lock = threading.Lock()
 
 
 def run_elsewhere(text: str, *args: Any) -> str:
-    """Load a handler in a fresh interpreter that knows nothing of this file; what it prints."""
+    """Load a handler in a fresh interpreter, which has imported nothing; what it prints."""
     code = (
         "import sys, json\n"
         "from acomm import handlers\n"
@@ -36,14 +38,13 @@ def run_elsewhere(text: str, *args: Any) -> str:
         "    import asyncio; outcome = asyncio.run(outcome)\n"
         "print(repr(outcome))\n"
     )
-    import json
-
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=json.dumps([text, args]),
         capture_output=True,
         text=True,
         cwd="/",
+        env={**os.environ, "PYTHONPATH": os.path.dirname(__file__)},
         timeout=60,
         check=False,
     )
@@ -149,14 +150,27 @@ def uses_global(request: Any, response: Any) -> None:
 
 def test_the_obstacle_is_named_wherever_it_hides() -> None:
     lock = threading.Lock()
+    script = {"__name__": "__main__", "shared_lock": lock}
+    exec("def handler(request, response):\n    shared_lock.acquire()", script)  # noqa: S102
     with pytest.raises(HandlerError, match="global 'shared_lock' is a lock"):
-        handlers.dump(uses_global)
+        handlers.dump(script["handler"])  # type: ignore[arg-type]
     with pytest.raises(HandlerError, match="default value <unlocked"):
         handlers.dump(lambda request, response, guard=lock: None)
     with pytest.raises(HandlerError, match="partial argument <unlocked"):
         handlers.dump(functools.partial(uses_nothing, lock))
     with pytest.raises(HandlerError, match="the object that it is a method of is a Service"):
         handlers.dump(Service().handle)
+
+
+def test_globals_of_an_importable_module_stay_there() -> None:
+    obstacle = threading.Lock()
+    handlers.dump(uses_global)
+    handlers.dump(lambda: uses_global)
+    handlers.dump(lambda: shared_lock)
+    with pytest.raises(HandlerError, match="closure variable 'obstacle' is a lock"):
+        handlers.dump(lambda: (shared_lock, obstacle))
+    with pytest.raises(HandlerError, match="default value <unlocked"):  # the global is not to blame
+        handlers.dump(lambda guard=obstacle: shared_lock)
 
 
 def uses_nothing(*args: Any) -> None: ...

@@ -1,0 +1,193 @@
+"""Delivery: a response is tried until its hook has acknowledged it, or until there is no hope."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, read_all
+
+from acomm import Response, channel, delivery
+from acomm.channel import Channels
+from acomm.delivery import Delivery
+from acomm.errors import TaskError
+
+BOTH_LOOPS = True
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer on a busy machine may take longer than we wait to hear whether it grants."""
+    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(delivery, "LONGEST_BACKOFF", 0.04)
+
+
+@pytest.fixture
+async def channels() -> AsyncIterator[Channels]:
+    made = Channels(timeout=WAIT)
+    yield made
+    await made.close()
+
+
+async def drained(deliveries: Delivery) -> None:
+    async with asyncio.timeout(WAIT):
+        await deliveries.drained()
+
+
+@pytest.mark.parametrize("wire", [2, 3])
+async def test_a_response_arrives_in_the_generation_asked_for(
+    tmp_path: Path, channels: Channels, wire: int
+) -> None:
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        deliveries.post(hook.url, Response("i", {"n": 1}), wire)
+        deliveries.post(hook.url, Response("i", error=TaskError("no"), extended=True), wire, extended=False)
+        await drained(deliveries)
+        key = "stream_url" if wire == 2 else "streamURL"
+        assert sorted(hook.messages, key=lambda m: m["error"]) == [
+            {"error": "", "id": "i", "result": {"n": 1}, key: None},
+            {"error": "no", "id": "i", "result": None, key: None},
+        ]
+    assert (deliveries.delivered, deliveries.abandoned, deliveries.pending) == (2, 0, 0)
+
+
+async def test_who_asked_hears_more_on_one_connection(tmp_path: Path, channels: Channels) -> None:
+    deliveries = Delivery(channels)
+    with GrantingPeer(tmp_path / "hook.sock", lambda received: ack(acomm=1)) as hook:
+        for number in range(500):
+            deliveries.post(hook.url, Response(f"{number}", error=TaskError("x"), extended=True), 3)
+        await drained(deliveries)
+        assert [m["id"] for m in hook.messages] == [f"{i}" for i in range(500)]
+        assert hook.messages[0]["error_info"]["code"] == "task_error"
+        assert hook.connections == 1
+
+
+async def test_generation_1_hears_no_more_even_if_it_asked(tmp_path: Path, channels: Channels) -> None:
+    got: list[bytes] = []
+    deliveries = Delivery(channels)
+    with Peer(tmp_path / "hook.sock", lambda conn: got.append(read_all(conn))) as hook:
+        deliveries.post(hook.url, Response("i", 1, extended=True), 1)
+        await drained(deliveries)
+        async with asyncio.timeout(WAIT):
+            while not got:
+                await asyncio.sleep(0.001)
+    assert got == [b'{"error":"","id":"i","result":1}']
+
+
+async def test_a_hook_that_is_down_gets_it_when_it_comes_up(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "acomm.delivery")
+    deliveries = Delivery(channels)
+    for number in range(10):
+        deliveries.post(f"unix://{tmp_path}/hook.sock", Response(f"{number}"), 3)
+    async with asyncio.timeout(WAIT):
+        while caplog.text.count("did not take a response") < 50:
+            await asyncio.sleep(0.001)
+    assert deliveries.pending == 10
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        await drained(deliveries)
+        assert {m["id"] for m in hook.messages} == {f"{i}" for i in range(10)}
+    assert deliveries.delivered == 10
+    levels = [record.levelno for record in caplog.records if "did not take" in record.message]
+    assert levels.count(logging.WARNING) == 10  # the first time each; the rest is for the curious
+
+
+async def test_an_acknowledgement_with_an_error_is_no_delivery(tmp_path: Path, channels: Channels) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def reply(received: dict[str, Any]) -> bytes:
+        seen.append(received)
+        return ack(error="" if len(seen) == 3 else "not now")
+
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", reply) as hook:
+        deliveries.post(hook.url, Response("i", 1), 2)
+        await drained(deliveries)
+    assert len(seen) == 3
+    assert deliveries.delivered == 1
+
+
+async def test_the_pauses_double_to_a_limit(
+    tmp_path: Path, channels: Channels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    caplog.set_level(logging.DEBUG, "acomm.delivery")
+    monkeypatch.setattr(delivery, "FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr(delivery, "LONGEST_BACKOFF", 0.01)
+    deliveries = Delivery(channels)
+    deliveries.post(f"unix://{tmp_path}/no.sock", Response("i"), 3)
+    async with asyncio.timeout(WAIT):
+        while len(caplog.records) < 8:
+            await asyncio.sleep(0.001)
+    deliveries.stop()
+    pauses = [record.args[2] for record in caplog.records if "trying again" in record.msg]  # type: ignore[index]
+    assert pauses[:7] == pytest.approx([0.001, 0.002, 0.004, 0.008, 0.01, 0.01, 0.01])
+
+
+async def test_a_hook_that_stays_down_is_given_up(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliveries = Delivery(channels, give_up_after=0.05)
+    deliveries.post(f"unix://{tmp_path}/hook.sock", Response("i"), 3)
+    await drained(deliveries)
+    assert (deliveries.delivered, deliveries.abandoned, deliveries.pending) == (0, 1, 0)
+    assert "gave up on the hook" in caplog.text
+
+
+async def test_a_url_that_leads_nowhere_is_given_up_at_once(channels: Channels) -> None:
+    deliveries = Delivery(channels)
+    deliveries.post("tcp://somewhere", Response("i"), 3)
+    await drained(deliveries)
+    assert deliveries.abandoned == 1
+
+
+async def test_a_result_that_json_cannot_express_is_the_posters_error(channels: Channels) -> None:
+    deliveries = Delivery(channels)
+    with pytest.raises(TypeError, match="result is of type object"):
+        deliveries.post("unix:///nowhere", Response("i", object()), 3)
+    assert deliveries.pending == 0
+
+
+async def test_a_stop_ends_the_trying(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliveries = Delivery(channels)
+    for number in range(3):
+        deliveries.post(f"unix://{tmp_path}/hook.sock", Response(f"{number}"), 3)
+    async with asyncio.timeout(WAIT):
+        while len(deliveries._retries) < 3:
+            await asyncio.sleep(0)
+    deliveries.stop()
+    assert "3 responses were not delivered" in caplog.text
+    await drained(deliveries)
+    assert (deliveries.abandoned, deliveries.pending) == (3, 0)
+    # One that fails only now is not tried again, either.
+    deliveries.post(f"unix://{tmp_path}/hook.sock", Response("late"), 3)
+    await drained(deliveries)
+    assert (deliveries.abandoned, len(deliveries._retries)) == (4, 0)
+
+
+async def test_closing_the_channels_ends_what_is_under_way(tmp_path: Path, channels: Channels) -> None:
+    done = threading.Event()
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", lambda received: done.wait(WAIT) and ack()) as hook:
+        deliveries.post(hook.url, Response("i"), 3)
+        async with asyncio.timeout(WAIT):
+            while not hook.messages:
+                await asyncio.sleep(0.001)
+            deliveries.stop()
+            await channels.close()
+        await drained(deliveries)
+        assert deliveries.abandoned == 1
+        done.set()
