@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -16,3 +19,12 @@ def pytest_asyncio_loop_factories(
     if getattr(item.module, "BOTH_LOOPS", False):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+def folder_for_all() -> Iterator[Path]:
+    """A folder that other users can enter, which pytest's own are not, and whose path is short."""
+    folder = Path(tempfile.mkdtemp(prefix="acomm-test-", dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -108,9 +109,10 @@ def serve(
 
 def _announce(supervisor: Any) -> None:
     workers, tasks = supervisor.pool.size, len(supervisor.registry)
-    click.echo(
-        f"acomm: ready on {supervisor.url} with {_count(workers, 'worker')} and {_count(tasks, 'task')}"
-    )
+    with suppress(OSError):  # nobody may be there to read it
+        click.echo(
+            f"acomm: ready on {supervisor.url} with {_count(workers, 'worker')} and {_count(tasks, 'task')}"
+        )
 
 
 def _count(number: int, what: str) -> str:

@@ -17,7 +17,7 @@ from workers.errors import ConfigError
 PREFIX = "ACOMM_"
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Uid = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -60,13 +60,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             text = environ.get(PREFIX + name.upper())
             if text:
                 values[name] = _from_text(cls, name, text)
-        values.update({name: value for name, value in given.items() if value is not None})
+        for name, value in given.items():
+            if value is not None:
+                values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         return _convert(cls, values, "settings")
 
     @property
     def socket_mode(self) -> int:
-        """0600, or wider where others are allowed, whom the kernel then tells apart for us."""
-        return 0o666 if self.allow_uid else 0o660 if self.allow_gid else 0o600
+        """0600, or wider where others are allowed, whom the kernel then tells apart for us. A file has one
+        group, so it cannot tell several.
+        """
+        if self.allow_uid or len(self.allow_gid) > 1:
+            return 0o666
+        return 0o660 if self.allow_gid else 0o600
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -78,6 +84,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     # Other programs may share the file, so a table of our own is looked for first.
     table = values.get("acomm", values)
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: acomm must be a table")
     _convert(Config, table, str(path))
     return dict(table)
 

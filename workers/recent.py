@@ -12,7 +12,7 @@ from acomm.messages import Request, Response
 KEEP_SECONDS = 600.0
 KEEP_IDS = 100_000
 KEEP_BYTES = 64 * 1024 * 1024
-"""Bytes of results kept for repeats, in all."""
+"""Bytes of answers kept for repeats, in all."""
 
 
 def digest(request: Request) -> int:
@@ -51,8 +51,9 @@ class Recent:
         """An id that is not known has been accepted."""
         self._in_flight[id] = digest
 
-    def known(self, id: str) -> int | None:
+    def known(self, id: str, now: float) -> int | None:
         """The digest of a known id."""
+        self._forget(now)
         digest = self._in_flight.get(id)
         if digest is not None:
             return digest
@@ -69,9 +70,12 @@ class Recent:
         digest = self._in_flight.pop(response.id, None)
         if digest is None:
             return
-        size = len(memoryview(response.result)) if isinstance(response.result, msgspec.Raw) else 0
+        size = _size(response)
         self._done[response.id] = Done(digest, now, response, size)
         self._bytes += size
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
         while self._done:
             oldest = next(iter(self._done.values()))
             if (
@@ -81,3 +85,13 @@ class Recent:
             ):
                 break
             self._bytes -= self._done.popitem(last=False)[1].size
+
+
+def _size(response: Response) -> int:
+    """Roughly, in bytes: what can be large is counted."""
+    size = len(response.id)
+    if isinstance(response.result, msgspec.Raw):
+        size += len(memoryview(response.result))
+    if response.error is not None:
+        size += len(response.error.message) + len(response.error.traceback or "")
+    return size

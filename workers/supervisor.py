@@ -24,7 +24,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -48,16 +47,21 @@ from workers.errors import (
     UnknownTask,
     printable,
 )
+from workers.handlerthreads import HandlerThreads
 from workers.pool import Pool
 from workers.recent import Recent, digest
 from workers.registry import RESERVED, Registry, Task
 
 log = logging.getLogger("acomm.supervisor")
 
-HANDLER_THREADS = 32
 START_TIMEOUT = 60.0
 LAST_POSTS = 1.0
 """Seconds that a stopping supervisor gives its last responses to reach their hooks."""
+
+_AFTER_FAULT = 0.1
+"""Seconds of pause after a fault of our own: it may come at once again."""
+
+_INTERNAL = "the supervisor failed at this request; its log tells why"
 
 _quote = msgspec.json.encode
 
@@ -86,7 +90,7 @@ class Supervisor:
             # A response is a frame too, and its envelope wants some room.
             max_result=self.config.max_frame - 512,
         )
-        self._executor = ThreadPoolExecutor(HANDLER_THREADS, thread_name_prefix="handler")
+        self._executor = HandlerThreads()
         self.tracker = Tracker(executor=self._executor)
         self.listener = UnixListener(
             self.config.socket,
@@ -108,6 +112,7 @@ class Supervisor:
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._idle: asyncio.Event | None = None
+        self._released = False
         self._started_at = time.monotonic()
         self._uid = os.getuid()
 
@@ -131,13 +136,11 @@ class Supervisor:
         try:
             await self._workers_ready()
             await self.tracker.start()
-            try:
-                await self.listener.start()
-                self._give_to_group()
-            except BaseException:
-                await self.tracker.stop(0)
-                raise
+            await self.listener.start()
+            self._give_to_group()
         except BaseException:
+            await self.listener.stop(0)
+            await self.tracker.stop(0)
             self._release()
             raise
 
@@ -162,7 +165,7 @@ class Supervisor:
         self._loop.add_reader(self.pool.fileno(), self._drive)
 
     def _give_to_group(self) -> None:
-        if self.config.allow_gid and not self.config.allow_uid:
+        if self.config.socket_mode == 0o660:
             try:
                 os.chown(self.config.socket, -1, self.config.allow_gid[0])
             except OSError as error:
@@ -185,9 +188,10 @@ class Supervisor:
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
         for id in list(self._calls):
             self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
-        await self.tracker.finish(max(deadline - self._loop.time(), LAST_POSTS))
+        deadline = max(deadline, self._loop.time() + LAST_POSTS)
+        await self.tracker.finish(deadline - self._loop.time() - LAST_POSTS / 2)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS)
+            await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS / 2)
         await self.listener.stop(0)
         await self.tracker.stop(0)
         await self._stop_workers()
@@ -210,12 +214,13 @@ class Supervisor:
                 await asyncio.wait_for(gone.wait(), LAST_POSTS)
 
     def _release(self) -> None:
+        self._released = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._loop.remove_reader(self.pool.fileno())
         self.pool.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False)
 
     async def __aenter__(self) -> Supervisor:
         await self.start()
@@ -241,7 +246,7 @@ class Supervisor:
         def on_input() -> None:
             if not os.read(0, 4096):
                 loop.remove_reader(0)
-                on_signal()
+                stop.set()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -251,13 +256,18 @@ class Supervisor:
         starting = loop.create_task(self.start())
         if not await _first(starting, stop.wait()):
             return
-        # What start-up has made lives as long as we do: no collection need ever look at it again.
-        gc.collect()
-        gc.freeze()
-        if ready is not None:
-            ready(self)
-        notify("READY=1")
-        await stop.wait()
+        try:
+            # What start-up has made lives as long as we do: no collection need ever look at it again.
+            gc.collect()
+            gc.freeze()
+            if ready is not None:
+                ready(self)
+            notify("READY=1")
+            await stop.wait()
+        except BaseException:
+            await self.stop(0)
+            raise
+        self.draining = True  # before anybody is told
         notify("STOPPING=1")
         log.info("stopping: %d calls to finish", len(self._calls))
         stopping = loop.create_task(self.stop())
@@ -279,7 +289,10 @@ class Supervisor:
             return
         try:
             self.accept(request, conn.peer)
-        except AcommError as error:
+        except Exception as error:
+            if not isinstance(error, AcommError):
+                log.exception("a request could not be taken")
+                error = AcommError(_INTERNAL)
             self._counts[error.code] += 1
             self._refuse(conn, request, error)
             return
@@ -303,40 +316,24 @@ class Supervisor:
         if request.task.startswith(RESERVED):
             self._answer_verb(request)
             return
-        if self.draining:
-            raise ShuttingDown("the supervisor is stopping")
         content = digest(request)
-        known = self._recent.known(request.id)
+        known = self._recent.known(request.id, time.monotonic())
         if known is not None:
             self._repeated(request, known == content)
             return
+        if self.draining:
+            raise ShuttingDown("the supervisor is stopping")
         task = self._task(request.task)
         self._check_handlers(request, peer)
-        raw = request.args
-        task.check_args(raw)
+        task.check_args(request.args)
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        self.tracker.track(request, proxied=True)
+        call = _call(request, task)
+        self.pool.submit(call)
+        self.tracker.track(request, proxied=True, unpickle=True)
         self._recent.begin(request.id, content)
-        self._submit(request, task, None if raw is None else bytes(raw))
-
-    def _submit(self, request: Request, task: Task[..., Any], args: bytes | None) -> None:
-        retry = task.retry
-        call = Call(
-            task.name,
-            args,
-            id=request.id,
-            tag=request,
-            priority=request.priority or task.priority,
-            timeout=task.timeout,
-            deadline=None if request.timeout is None else time.monotonic() + request.timeout,
-            retries=retry.times if retry else 0,
-            crashes=retry.crashes if retry else 0,
-            backoff=retry.delay if retry else None,
-        )
         self._calls[request.id] = call
         self._counts["accepted"] += 1
-        self.pool.submit(call)
         if not self._drive_due:
             self._drive_due = True
             self._loop.call_soon(self._drive)
@@ -371,9 +368,32 @@ class Supervisor:
     def _drive(self) -> None:
         """Let the pool do what it can, and answer what has ended."""
         self._drive_due = False
-        for outcome in self.pool.process_events():
+        if self._released:
+            return
+        try:
+            outcomes = self.pool.process_events()
+        except Exception:
+            self._pool_failed()
+            return
+        for outcome in outcomes:
             self._ended(outcome)
         self._set_timer()
+
+    def _pool_failed(self) -> None:
+        """The pool has a fault. Answer the calls that had ended when it struck, as their outcomes are lost,
+        and go on in a moment.
+        """
+        log.exception("the pool failed")
+        for id in [id for id, call in self._calls.items() if call.settled]:
+            self._end(id, Response(id, error=AcommError(_INTERNAL)))
+        self._loop.remove_reader(self.pool.fileno())
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(_AFTER_FAULT, self._drive_on)
+
+    def _drive_on(self) -> None:
+        self._loop.add_reader(self.pool.fileno(), self._drive)
+        self._drive()
 
     def _set_timer(self) -> None:
         when = self.pool.next_deadline()
@@ -391,11 +411,14 @@ class Supervisor:
     def _end(self, id: str, response: Response) -> None:
         if self._calls.pop(id, None) is None:
             return
-        self._counts["ok" if response.error is None else response.error.code] += 1
-        self._recent.finish(response, time.monotonic())
-        self.tracker.settle(response)
         if not self._calls and self._idle is not None:
             self._idle.set()
+        self._counts["ok" if response.error is None else response.error.code] += 1
+        try:
+            self._recent.finish(response, time.monotonic())
+            self.tracker.settle(response)
+        except Exception:
+            log.exception("the answer to the request %s could not be passed on", printable(id))
 
     # -- control verbs ------------------------------------------------------------------------------
 
@@ -453,6 +476,22 @@ class Supervisor:
             "workers": [worker._asdict() for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def _call(request: Request, task: Task[..., Any]) -> Call:
+    retry = task.retry
+    return Call(
+        task.name,
+        None if request.args is None else bytes(request.args),
+        id=request.id,
+        tag=request,
+        priority=request.priority or task.priority,
+        timeout=task.timeout,
+        deadline=None if request.timeout is None else time.monotonic() + request.timeout,
+        retries=retry.times if retry else 0,
+        crashes=retry.crashes if retry else 0,
+        backoff=retry.delay if retry else None,
+    )
 
 
 async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any]) -> bool:
