@@ -266,7 +266,6 @@ class Client(Submitter):
                 self._loop.call_soon_threadsafe(self._pump)
 
     def _start(self) -> None:
-        self._loop = _new_loop()
         self._stopped = asyncio.Event()
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="acomm-client", daemon=True)
@@ -280,17 +279,29 @@ class Client(Submitter):
     # -- the client's own thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        assert self._loop is not None
-        loop = self._loop
         try:
-            loop.run_until_complete(self._serve())
-        except BaseException:
-            log.exception("the client's thread failed")
+            with asyncio.Runner(loop_factory=_new_loop) as runner:
+                self._loop = runner.get_loop()
+                runner.run(self._serve())
+        except BaseException as error:
+            if self._ready.done():
+                log.exception("the client's thread failed")
+            else:
+                self._ready.set_exception(error)
+
+    async def _serve(self) -> None:
+        self._tracker = Tracker(default_timeout=self._default_timeout)
+        await self._tracker.start()
+        self._ready.set_result(None)
+        why = "the client's thread failed"
+        try:
+            await self._stopped.wait()
+            self._pump()
+            await self._tracker.acknowledged()
+            why = "the client was closed before the answer came"
         finally:
-            if self._ready.done() and self._ready.exception() is None:
-                self._end("the client was closed")
-            loop.run_until_complete(loop.shutdown_default_executor())
-            loop.close()
+            self._end(why)
+            await self._tracker.stop(0)
 
     def _end(self, why: str) -> None:
         """Whatever the reason, no call is left waiting."""
@@ -302,20 +313,6 @@ class Client(Submitter):
         for call, _ in waiting:
             if call is not None:
                 call._end(None, ConnectionLost(why))
-
-    async def _serve(self) -> None:
-        try:
-            self._tracker = Tracker(default_timeout=self._default_timeout)
-            await self._tracker.start()
-        except BaseException as error:
-            self._ready.set_exception(error)
-            return
-        self._ready.set_result(None)
-        await self._stopped.wait()
-        self._pump()
-        await self._tracker.acknowledged()
-        self._end("the client was closed before the answer came")
-        await self._tracker.stop(0)
 
     def _pump(self) -> None:
         with self._lock:

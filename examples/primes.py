@@ -1,7 +1,7 @@
-"""Tasks to copy and change. Serve them, then call them from another terminal:
+"""Tasks to copy and change.
 
-    acomm serve examples.primes -w 2
-    acomm call count_primes limit=1000000
+Serve them with `acomm serve examples.primes -w 2`, then call them from another terminal:
+`acomm call count_primes limit=1000000`.
 """
 
 from __future__ import annotations

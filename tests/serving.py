@@ -210,8 +210,8 @@ class Family:
         for fd in alive:
             poller.register(fd, select.POLLIN)
         end = time.monotonic() + seconds
-        while alive and (left := end - time.monotonic()) > 0:
-            for fd, _ in poller.poll(left * 1000):
+        while alive and (ended := poller.poll(max(end - time.monotonic(), 0) * 1000)):
+            for fd, _ in ended:
                 poller.unregister(fd)
                 del alive[fd]
         return list(alive.values())

@@ -1,0 +1,119 @@
+"""launch(): a supervisor for as long as a block lasts, and not a moment longer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from peers import WAIT
+from serving import Family, Fifo, environment
+
+from workers import launch
+from workers.errors import ConfigError, ConnectionLost
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(autouse=True)
+def own_tmp(folder_for_all: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files, to see what is left in it."""
+    monkeypatch.setenv("TMPDIR", str(folder_for_all))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder_for_all))
+    return folder_for_all
+
+
+def test_calls_and_an_end_that_leaves_nothing(own_tmp: Path) -> None:
+    with launch("servedtasks", workers=2) as client:
+        assert client.call("add", 1, 2) == 3
+        pid = client.stats()["pid"]
+        assert len(client.stats()["workers"]) == 2
+        family = Family(pid)
+    assert family.survivors(0) == []
+    family.close()
+    assert not psutil.pid_exists(pid)
+    assert [path.name for path in own_tmp.iterdir()] == ["acomm"]
+    assert list((own_tmp / "acomm").iterdir()) == []
+
+
+def test_an_error_in_the_block_ends_it_too() -> None:
+    with pytest.raises(ZeroDivisionError):
+        with launch("servedtasks", workers=1, drain_timeout=0.1) as client:
+            pid = client.stats()["pid"]
+            client.submit("stay", os.devnull)
+            1 / 0  # noqa: B018
+    assert not psutil.pid_exists(pid)
+
+
+def test_what_was_submitted_is_finished(tmp_path: Path) -> None:
+    fifo = Fifo(tmp_path / "fifo")
+    path = fifo.path
+    with launch("servedtasks", workers=1) as client:
+        client.using(on_success=lambda request, response: Path(path).write_text("ran")).submit("spin", 1)
+    assert fifo.read() == "ran"
+    fifo.close()
+
+
+def test_settings_are_passed_on(tmp_path: Path) -> None:
+    with launch(
+        "servedtasks", workers=1, socket=tmp_path / "here.sock", max_frame=10_000, drain_timeout=0.1
+    ) as client:
+        assert client.url == f"unix://{tmp_path}/here.sock"
+        call = client.submit("stay", os.devnull)
+        pid = client.stats()["pid"]
+        command = psutil.Process(pid).cmdline()
+        assert command[command.index("--max-frame") + 1] == "10000"
+    with pytest.raises(ConnectionLost):
+        call.result(WAIT)
+
+
+@pytest.mark.parametrize(
+    ("modules", "settings"),
+    [((), {}), (("nowhere_at_all",), {}), (("servedtasks",), {"socket": "/proc/no.sock"})],
+)
+def test_a_supervisor_that_does_not_start(
+    modules: tuple[str, ...], settings: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError):
+        with launch(*modules, workers=1, **settings):
+            raise AssertionError("it has started")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_bad_settings_are_refused_here() -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        with launch("servedtasks", workers=0):
+            raise AssertionError("it has started")
+
+
+def test_the_child_ends_when_the_parent_is_killed(own_tmp: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from workers import launch\n"
+        "with launch('servedtasks', workers=2) as client:\n"
+        "    client.submit('stay', '/dev/null')\n"
+        "    client.submit('crunch')\n"
+        "    while not all(worker['task'] for worker in client.stats()['workers']): pass\n"
+        "    print(client.stats()['pid'], flush=True)\n"
+        "    time.sleep(1000)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script.replace("workers=2", "workers=2, drain_timeout=0.2")],
+        env=environment(own_tmp, TMPDIR=str(own_tmp)),
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    family = Family(parent.pid)
+    assert pid in family.fds
+    assert len(family.fds) >= 4
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert family.survivors(WAIT) == []
+    family.close()
