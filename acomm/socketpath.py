@@ -13,11 +13,15 @@ import fcntl
 import os
 import socket
 import stat
+import time
 
 from acomm.errors import AddressInUse, ConfigError, printable
 from acomm.urls import MAX_UNIX_PATH
 
 BACKLOG = 4096
+
+_SWEEP_AGE = 60.0
+"""Seconds; a younger lock may belong to somebody who has made it and does not hold it yet."""
 
 
 def runtime_folder() -> str:
@@ -30,7 +34,24 @@ def private_path(prefix: str) -> str:
     """A new path in the runtime folder, which is made if need be; nobody else can guess the name."""
     folder = runtime_folder()
     check_folder(folder)
+    _sweep(folder, prefix)
     return os.path.join(folder, f"{prefix}-{os.getpid()}-{os.urandom(6).hex()}.sock")
+
+
+def _sweep(folder: str, prefix: str) -> None:
+    """Remove private sockets that dead processes have left: whose lock nobody holds any more."""
+    young = time.time() - _SWEEP_AGE
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(prefix + "-") and entry.name.endswith(".sock.lock"):
+                with contextlib.suppress(OSError, ConfigError):
+                    if entry.stat(follow_symlinks=False).st_mtime < young:
+                        path = entry.path.removesuffix(".lock")
+                        lock = _lock(path)
+                        try:
+                            _remove_dead(path)
+                        finally:
+                            _unlock(path, lock)
 
 
 def check_folder(folder: str) -> None:

@@ -281,3 +281,24 @@ def test_private_paths_are_in_the_runtime_folder_and_distinct(
     assert mode_of(tmp_path / "acomm") == 0o700
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert str(socketpath.runtime_folder()) == f"/tmp/acomm-{os.getuid()}"
+
+
+def test_private_sockets_that_dead_processes_left_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    dead = Path(socketpath.private_path("x"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(dead))
+    Path(f"{dead}.lock").touch()
+    alive = socketpath.bind(socketpath.private_path("x"))
+    for name in (f"{dead}.lock", f"{alive.path}.lock"):
+        os.utime(name, (0, 0))
+    fresh = Path(f"{socketpath.private_path('y')}.lock")
+    fresh.touch()
+    try:
+        socketpath.private_path("x")
+        left = {entry.name for entry in dead.parent.iterdir()}
+        assert left == {Path(alive.path).name, Path(alive.path).name + ".lock", fresh.name}
+    finally:
+        alive.release()
