@@ -84,11 +84,15 @@ class Outgoing:
 
 
 class Channels:
-    """All the channels of one owner, by URL. Closing it fails what is still under way."""
+    """All the channels of one owner, by URL. Closing it fails what is still under way.
+
+    `broken(url)`, if set, is called when a peer has ended a connection that it had granted.
+    """
 
     def __init__(self, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         self.timeout = timeout
         self.granting: OrderedDict[str, bool] = OrderedDict()
+        self.broken: Callable[[str], None] | None = None
         self._channels: dict[str, Channel] = {}
         self._http: aiohttp.ClientSession | None = None
         self.closed = False
@@ -311,6 +315,8 @@ class UnixChannel(Channel):
             else:
                 message.settle(ConnectionLost(f"{printable(self.url)} closed the connection"))
         self.rest()
+        if self.owner.broken is not None:
+            self.owner.broken(self.url)
 
     def rest(self) -> None:
         if self.live is None:

@@ -27,6 +27,9 @@ from acomm.urls import check, unix_url
 
 log = logging.getLogger("acomm.client")
 
+_LAST_ANSWERS = 0.5
+"""Seconds to read what a supervisor has said before it went away."""
+
 Decode = Callable[[Any], Any]
 
 
@@ -291,6 +294,7 @@ class Client(Submitter):
 
     async def _serve(self) -> None:
         self._tracker = Tracker(default_timeout=self._default_timeout)
+        self._tracker.channels.broken = self._supervisor_gone
         await self._tracker.start()
         self._ready.set_result(None)
         why = "the client's thread failed"
@@ -302,6 +306,21 @@ class Client(Submitter):
         finally:
             self._end(why)
             await self._tracker.stop(0)
+
+    def _supervisor_gone(self, url: str) -> None:
+        """It ends a connection only when it has answered everything, or dies. Its last answers may be
+        unread yet; what has none in a moment has lost it with the supervisor.
+        """
+        waiting = [id for id in self._answers if self._tracker.is_acknowledged(id)]
+        if waiting:
+            asyncio.get_running_loop().call_later(_LAST_ANSWERS, self._give_up, waiting)
+
+    def _give_up(self, ids: list[str]) -> None:
+        for id in ids:
+            answer = self._answers.get(id)
+            if answer is not None:
+                self._tracker.remove_request(id)
+                answer.set_exception(ConnectionLost("the supervisor went away before it answered"))
 
     def _end(self, why: str) -> None:
         """Whatever the reason, no call is left waiting."""

@@ -23,7 +23,12 @@ T = TypeVar("T")
 _encode = msgspec.json.encode
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # A number is in range if its digits before the exponent are fewer than 200 and the exponent's two.
-_suspicious = re.compile(rb"\\u[dD]|[eE]\+?\d{3}|\d{200}")
+_suspicious = re.compile(rb"\\u[dD]|[eE]\+?\d{3}")
+_number_shapes = bytes(
+    ord("0") if byte in b"0123456789" else ord("e") if byte in b"eE" else byte if byte == ord("+") else 0
+    for byte in range(256)
+)
+_MANY_DIGITS = b"0" * 200
 _space = re.compile(rb"[ \t\r\n]*")
 _name = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _AFTER_VALUE = frozenset(b",} \t\r\n")
@@ -153,11 +158,18 @@ def parse_as(decoder: msgspec.json.Decoder[T], data: bytes | memoryview, what: s
 def check_value(raw: msgspec.Raw, what: str) -> None:
     """Refuse in `raw` what the envelope's parser steps over: lone surrogates, numbers out of range.
 
-    Most text shows by a scan at memory speed that it has none of those; only the rest is decoded.
+    Most text shows by a search for their shapes that it has none of those; only the rest is decoded.
     """
     view = memoryview(raw)
-    if _suspicious.search(view):
+    # The search by expression starts sooner and runs five times slower.
+    if _suspicious.search(view) if len(view) < 128 else _looks_suspicious(bytes(view)):
         parse(view, what)
+
+
+def _looks_suspicious(data: bytes) -> bool:
+    shapes = data.translate(_number_shapes)
+    numbers = b"0e000" in shapes or b"0e+000" in shapes or _MANY_DIGITS in shapes
+    return numbers or b"\\ud" in data or b"\\uD" in data
 
 
 def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msgspec.Raw]:

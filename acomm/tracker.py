@@ -70,10 +70,11 @@ class Answer(Protocol):
 
 class Tracked:
     """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook;
-    `pickled` are handlers that came with it and may be unpickled here.
+    `pickled` are handlers that came with it and may be unpickled here. `acknowledged`: it was sent by
+    `post`, and its service has it.
     """
 
-    __slots__ = ("pickled", "proxied", "request", "resolve")
+    __slots__ = ("acknowledged", "pickled", "proxied", "request", "resolve")
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class Tracked:
         self.proxied = proxied
         self.resolve = resolve
         self.pickled = pickled
+        self.acknowledged = False
 
 
 class Tracker:
@@ -239,6 +241,11 @@ class Tracker:
         """The request tracked under `id`."""
         entry = self._table.get(id)
         return entry.request if entry is not None else None
+
+    def is_acknowledged(self, id: str) -> bool:
+        """Whether the request that `post` has sent under `id` waits only for its response."""
+        entry = self._table.get(id)
+        return entry is not None and entry.acknowledged
 
     def _take(self, id: str) -> Tracked | None:
         entry = self._table.pop(id, None)
@@ -408,7 +415,10 @@ class Tracker:
             self._unacknowledged -= 1
             if not self._unacknowledged:
                 self._all_acknowledged.set()
-            if error is not None and self._take(id) is not None and not answer.done():
+            if error is None:
+                if (entry := self._table.get(id)) is not None:
+                    entry.acknowledged = True
+            elif self._take(id) is not None and not answer.done():
                 answer.set_exception(error)
 
         self.track(request, timeout, resolve=resolve)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -195,13 +195,16 @@ def pidfd(pid: int) -> Iterator[int]:
 
 
 class Family:
-    """The descendants of a process, found while it lives, to wait for their end when it is dead."""
+    """The descendants of a process, found while it lives, to wait for their end when it is dead. Those
+    `besides` are not of interest.
+    """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, besides: Collection[int] = ()) -> None:
         self.fds: dict[int, int] = {}
         for process in psutil.Process(pid).children(recursive=True):
-            with suppress(ProcessLookupError):
-                self.fds[process.pid] = os.pidfd_open(process.pid)
+            if process.pid not in besides:
+                with suppress(ProcessLookupError):
+                    self.fds[process.pid] = os.pidfd_open(process.pid)
 
     def survivors(self, seconds: float) -> list[int]:
         """The pids that have not ended within so many seconds."""

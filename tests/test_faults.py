@@ -135,6 +135,19 @@ class TestKilledSupervisor:
         with Served(served.folder):
             assert client.call("add", 2) == 2
 
+    def test_calls_that_it_had_taken_fail_and_do_not_wait(
+        self, served: Served, client: Client, started: Fifo
+    ) -> None:
+        calls = [client.submit("stay", started.path)]
+        started.read()
+        calls += [client.submit("crunch") for _ in range(100)]
+        client.stats()
+        kill(served.pid)
+        for call in calls:
+            with pytest.raises(ConnectionLost, match="went away before it answered"):
+                call.result(WAIT)
+        assert client._answers == {}
+
     def test_nothing_is_left_of_its_private_folder(
         self, tmp_path: Path, folder_for_all: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

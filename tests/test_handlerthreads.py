@@ -100,8 +100,9 @@ def test_a_cancelled_one_does_not_run() -> None:
 
 def test_after_the_end() -> None:
     threads = HandlerThreads(1)
-    release = threading.Event()
-    blocked = threads.submit(release.wait, WAIT)
+    runs, release = threading.Event(), threading.Event()
+    blocked = threads.submit(lambda: (runs.set(), release.wait(WAIT))[1])
+    assert runs.wait(WAIT)
     dropped = threads.submit(int)
     threads.shutdown(cancel_futures=True)
     assert dropped.cancelled()

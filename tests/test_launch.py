@@ -20,8 +20,8 @@ pytestmark = pytest.mark.process
 
 
 @pytest.fixture(autouse=True)
-def own_tmp(folder_for_all: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files, to see what is left in it."""
+def own_tmp(tmp_path: Path, folder_for_all: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files, to see what is left in it. pytest has made its own before."""
     monkeypatch.setenv("TMPDIR", str(folder_for_all))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder_for_all))
@@ -70,6 +70,15 @@ def test_settings_are_passed_on(tmp_path: Path) -> None:
         assert command[command.index("--max-frame") + 1] == "10000"
     with pytest.raises(ConnectionLost):
         call.result(WAIT)
+
+
+def test_temporary_files_may_be_far_away(own_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = own_tmp / ("x" * 100)
+    far.mkdir()
+    monkeypatch.setenv("TMPDIR", str(far))
+    with launch("servedtasks", workers=1) as client:
+        assert client.call("add", 1) == 1
+    assert list(far.iterdir()) == []
 
 
 @pytest.mark.parametrize(

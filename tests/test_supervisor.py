@@ -17,7 +17,7 @@ from typing import Any
 import dill
 import pytest
 from peers import WAIT, connected, frame, read_all, read_frame
-from serving import Fifo, Hook, Served, environment, request
+from serving import Family, Fifo, Hook, Served, environment, request
 
 import acomm
 from acomm import handlers
@@ -458,6 +458,8 @@ class TestFaultsWithin:
         monkeypatch.setattr(supervisor.pool, "process_events", faulty)
         with pytest.raises(AcommError, match="the supervisor failed"):
             await call(supervisor, "add", 1, 2)
+        # In the pause after a fault, as any other time.
+        assert not await call(supervisor, "acomm.cancel", "nothing")
         assert await call(supervisor, "add", 1, 2) == 3
 
     async def test_an_answer_cannot_be_passed_on(
@@ -531,6 +533,21 @@ class TestLife:
                 await asyncio.sleep(0)
         assert await ended == 1
         await asyncio.to_thread(client.close)
+
+    async def test_a_fault_at_the_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        others = Family(os.getpid())
+        supervisor = Supervisor("servedtasks", workers=1, socket=tmp_path / "s")
+        await supervisor.start()
+        family = Family(os.getpid(), besides=others.fds)
+        others.close()
+        assert len(family.fds) >= 2
+        monkeypatch.setattr(supervisor.pool, "stop_workers", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await supervisor.stop()
+        assert await asyncio.to_thread(family.survivors, WAIT) == []
+        family.close()
+        assert list(tmp_path.iterdir()) == []
+        await supervisor.stop()  # there is nothing left to do
 
     async def test_the_end_without_patience(self, tmp_path: Path, started: Fifo) -> None:
         supervisor = Supervisor("servedtasks", workers=1, socket=tmp_path / "s")

@@ -32,7 +32,9 @@ def launch(*modules: str, **settings: Any) -> Iterator[Client]:
     The settings are those of `Config`. At the end the supervisor drains and ends; it does so too when
     this process dies. Raises ConfigError when it does not start; its stderr says why.
     """
-    with tempfile.TemporaryDirectory(prefix="acomm-") as folder:
+    # A socket's path is short, and some people's folder for temporary files is not.
+    parent = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) <= 70 else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="acomm-", dir=parent) as folder:
         settings.setdefault("socket", str(Path(folder, "acomm.sock")))
         config = Config.load({"modules": modules, **settings}, environ={})
         with _notify_socket(Path(folder, "notify")) as ready:

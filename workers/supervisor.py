@@ -111,6 +111,7 @@ class Supervisor:
         self._counts: Counter[str] = Counter()
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._pause: asyncio.TimerHandle | None = None
         self._idle: asyncio.Event | None = None
         self._released = False
         self._started_at = time.monotonic()
@@ -177,6 +178,8 @@ class Supervisor:
         """Refuse new requests, finish those that were accepted within `drain_timeout` seconds (None: as
         configured), answer the rest with `shutting_down`, and end.
         """
+        if self._released:
+            return
         if drain_timeout is None:
             drain_timeout = self.config.drain_timeout
         self.draining = True
@@ -194,8 +197,10 @@ class Supervisor:
             await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS / 2)
         await self.listener.stop(0)
         await self.tracker.stop(0)
-        await self._stop_workers()
-        self._release()
+        try:
+            await self._stop_workers()
+        finally:
+            self._release()
 
     async def _stop_workers(self) -> None:
         """Let the workers exit by themselves; those that still run something are killed with the pool."""
@@ -215,9 +220,10 @@ class Supervisor:
 
     def _release(self) -> None:
         self._released = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._pause):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._pause = None
         self._loop.remove_reader(self.pool.fileno())
         self.pool.close()
         self._executor.shutdown(wait=False)
@@ -252,7 +258,10 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         if until_eof:
-            loop.add_reader(0, on_input)
+            try:
+                loop.add_reader(0, on_input)
+            except OSError:  # a file, or /dev/null
+                raise ConfigError("--until-eof needs a pipe or a terminal as standard input") from None
         starting = loop.create_task(self.start())
         if not await _first(starting, stop.wait()):
             return
@@ -368,16 +377,14 @@ class Supervisor:
     def _drive(self) -> None:
         """Let the pool do what it can, and answer what has ended."""
         self._drive_due = False
-        if self._released:
+        if self._released or self._pause is not None:
             return
         try:
-            outcomes = self.pool.process_events()
+            for outcome in self.pool.process_events():
+                self._ended(outcome)
+            self._set_timer()
         except Exception:
             self._pool_failed()
-            return
-        for outcome in outcomes:
-            self._ended(outcome)
-        self._set_timer()
 
     def _pool_failed(self) -> None:
         """The pool has a fault. Answer the calls that had ended when it struck, as their outcomes are lost,
@@ -387,11 +394,10 @@ class Supervisor:
         for id in [id for id, call in self._calls.items() if call.settled]:
             self._end(id, Response(id, error=AcommError(_INTERNAL)))
         self._loop.remove_reader(self.pool.fileno())
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(_AFTER_FAULT, self._drive_on)
+        self._pause = self._loop.call_later(_AFTER_FAULT, self._drive_on)
 
     def _drive_on(self) -> None:
+        self._pause = None
         self._loop.add_reader(self.pool.fileno(), self._drive)
         self._drive()
 
