@@ -196,26 +196,24 @@ class TestOptions:
             client.using(timeout=timeout)
 
     def test_a_higher_priority_goes_first(self, client: Client, tmp_path: Path) -> None:
-        fifos = [Fifo(tmp_path / name) for name in ("a", "b", "release")]
-        held = [client.submit("hold", fifo.path, fifos[2].path) for fifo in fifos[:2]]
-        for fifo in fifos[:2]:
-            fifo.read()
-        order: list[str] = []
+        kept, held, release = (Fifo(tmp_path / name) for name in ("kept", "held", "release"))
+        keeping = client.submit("stay", kept.path)  # so that one worker runs them all, in their order
+        kept.read()
+        client.submit("hold", held.path, release.path)
+        held.read()
+        order: list[int] = []
         calls = []
-        for name, view in (
-            ("low", client.using(priority=-1)),
-            ("mid", client),
-            ("high", client.using(priority=1)),
-        ):
-            call = view.submit("spin", 1)
-            call.add_done_callback(lambda call, name=name: order.append(name))
+        for priority in (-1, 0, 1):
+            call = client.using(priority=priority).submit("spin", priority)
+            call.add_done_callback(lambda call: order.append(call.result()))
             calls.append(call)
-        client.stats()  # it is answered behind them
-        fifos[2].close()
-        wait([*held, *calls], WAIT)
-        assert order.index("high") < order.index("low")
-        for fifo in fifos:
-            fifo.close()
+        client.stats()  # all of them have been taken
+        release.close()
+        wait(calls, WAIT)
+        assert order == [1, 0, -1]
+        keeping.cancel()
+        kept.close()
+        held.close()
 
 
 class TestCancel:

@@ -343,7 +343,7 @@ class TestNothingLeaks:
             assert [call.result(WAIT) for call in calls] == [number + 1 for number in range(count)]
 
         def figures() -> dict[str, Any]:
-            stats = served.until(lambda stats: stats["hooks"]["pending"] <= 1)
+            stats = served.until(lambda stats: stats["tracked"] == 0 and stats["hooks"]["pending"] <= 1)
             folder = Path("/proc", str(served.pid))
             return {
                 "descriptors": len(list((folder / "fd").iterdir())),
