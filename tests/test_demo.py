@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,27 @@ def test_a_run_that_proves_nothing_or_differs_is_a_failure(
     out = capsys.readouterr().out
     assert "lost after the kill: 0 of 6 files, 0 failed calls" in out
     assert "totals: DIFFERENT from one process" in out
+
+
+def test_on_a_terminal_it_shows_a_bar_with_a_rate() -> None:
+    main, terminal = os.openpty()
+    code = "from workers.demo import _tracked; list(_tracked('counting', 50, iter(range(50))))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=terminal,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    ) as program:
+        os.close(terminal)
+        shown = b""
+        try:
+            while data := os.read(main, 65536):
+                shown += data
+        except OSError:  # the other end is closed
+            pass
+        os.close(main)
+    text = shown.decode()
+    assert program.returncode == 0, text
+    assert "counting" in text
+    assert "50/50" in text
+    assert "files/s" in text

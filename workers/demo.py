@@ -158,17 +158,19 @@ def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
         yield advance
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.speed:.0f} files/s")) as progress:
-        bar = progress.add_task(what, total=total)
-        started, done = time.perf_counter(), 0
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed  # None until there is something to tell it from
+            return Text("" if speed is None else f"{speed:.0f} files/s")
 
-        def advance_bar() -> None:
-            progress.advance(bar)
-
-        yield advance_bar
+    with Progress(
+        "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Rate()
+    ) as bar:
+        shown = bar.add_task(what, total=total)
+        yield lambda: bar.advance(shown)
 
 
 def _print_summary(
