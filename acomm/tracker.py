@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -39,6 +39,9 @@ from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
 from acomm.transport import Done
 from acomm.urls import unix_path
+
+if TYPE_CHECKING:
+    from acomm.streams import Source, UnixStreams
 
 log = logging.getLogger("acomm.tracker")
 
@@ -123,6 +126,7 @@ class Tracker:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = math.inf  # uvloop's handles do not always know
         self._finishing: set[asyncio.Task[None]] = set()
+        self._streams: UnixStreams | None = None
         self._started = False
         self._unacknowledged = 0
         self._all_acknowledged = asyncio.Event()
@@ -172,6 +176,9 @@ class Tracker:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._streams is not None:
+            await self._streams.close()
+            self._streams = None
         self.delivery.stop()
         await self._listener.stop(0)
         await self.channels.close()
@@ -364,6 +371,20 @@ class Tracker:
             wire = 2 if b'"stream_url"' in data else 3
             conn.acknowledge(_response_acks[wire, response.extended], grants=response.extended)
         self.settle(response)
+
+    # -- streams ------------------------------------------------------------------------------------
+
+    async def new_stream_unix(self, source: Source) -> str:
+        """The URL of a new unix socket whose first reader gets everything of `source`: bytes, a file, or an
+        iterable or async iterable of bytes. It expires after a minute without one. Raises Busy.
+        """
+        if not self._started:
+            raise RuntimeError("the tracker is not running: start it first")
+        if self._streams is None:
+            from acomm.streams import UnixStreams  # most trackers have none
+
+            self._streams = UnixStreams()
+        return await self._streams.new_stream_unix(source)
 
     # -- requests -----------------------------------------------------------------------------------
 

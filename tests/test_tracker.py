@@ -625,3 +625,20 @@ async def test_nothing_is_left_behind(tmp_path: Path, service: Service) -> None:
         while service.listener.connections or len(os.listdir("/proc/self/fd")) > before:
             await asyncio.sleep(0.001)
     assert asyncio.all_tasks() == tasks
+
+
+async def test_a_stream_of_a_tracker_is_read_once_and_ends_with_it(tracking: Tracker) -> None:
+    from acomm import stream
+
+    got = bytearray()
+    url = await tracking.new_stream_unix([b"one", b"two"])
+    assert await stream(got.extend, url) == 6
+    assert bytes(got) == b"onetwo"
+    with pytest.raises(ConnectionLost):
+        await stream(got.extend, url)
+    waiting = await tracking.new_stream_unix(b"nobody comes")
+    await tracking.stop(0)
+    with pytest.raises(ConnectionLost):
+        await stream(got.extend, waiting)
+    with pytest.raises(RuntimeError):
+        await tracking.new_stream_unix(b"")
