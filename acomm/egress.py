@@ -1,0 +1,608 @@
+"""Egress: the one policy for where a hook, a task URL or a stream URL may lead.
+
+A service that posts to whatever URL a request names is a way round every firewall that it stands
+behind. So a URL is judged by who asked for it, and judged twice:
+
+    submission   Policy.admit(url, origin)         no DNS; the requester learns of a refusal at once
+    connect      http(s): session(policy, origin)  names are resolved once, every address must pass,
+                                                   and the connection goes to one of those addresses
+                 unix: Policy.unix_target(...)     the file is opened, judged, and connected to by
+                       Policy.check_unix_peer(...) its descriptor: another file of that name is no use
+
+What passes unless a rule allows more:
+
+    scheme    unix, http, https; no credentials in the URL
+    port      80, 443 and from 1024 up, less those that browsers block
+    address   the public internet; loopback too for requests of our own user (or root) over the unix
+              socket, and for the program itself
+    spelling  one canonical one: no disguised numbers, percent signs, zones, or letters beyond ASCII
+    unix      sockets of the requesting user; over HTTP none at all without trust
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from acomm import urls
+from acomm.errors import BadRequest, ConfigError, Forbidden, printable
+
+# aiohttp takes longer to import than all of acomm: imported where used.
+if TYPE_CHECKING:
+    import aiohttp
+    from aiohttp.abc import AbstractResolver, ResolveResult
+else:
+    AbstractResolver = object
+
+IP = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+USUAL_PORTS = frozenset({80, 443})
+BLOCKED_PORTS = frozenset(
+    {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
+)
+"""From 1024 up, the "bad ports" of the Fetch standard: their protocols may take a POST for commands."""
+
+# IANA's IPv4 and IPv6 special-purpose address registries. The first range that fits gives the kind, so
+# metadata services, which lie within the others, come first: AWS (also ECS, EKS), Alibaba, Oracle, Azure;
+# then AWS, EKS, Google, Oracle, Scaleway and OpenStack over IPv6.
+_special: dict[str, str] = {
+    "metadata": (
+        "169.254.169.254 169.254.170.2 169.254.170.23 100.100.100.200 192.0.0.192 168.63.129.16 "
+        "fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
+    ),
+    "loopback": "127.0.0.0/8 ::1",
+    "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10",
+    "shared (CGNAT)": "100.64.0.0/10",
+    "link-local": "169.254.0.0/16 fe80::/10",
+    "unspecified": "0.0.0.0/8 ::",
+    "multicast": "224.0.0.0/4 ff00::/8",
+    "broadcast": "255.255.255.255",
+    "benchmarking": "198.18.0.0/15 2001:2::/48",
+    "documentation": "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20",
+    "Teredo": "2001::/32",
+    "6to4": "2002::/16 192.88.99.0/24",
+    "reserved": "192.0.0.0/24 240.0.0.0/4 2001::/23",
+}
+_ranges: list[tuple[str, Network]] = [
+    (kind, ipaddress.ip_network(text)) for kind, texts in _special.items() for text in texts.split()
+]
+_global_unicast = IPv6Network("2000::/3")
+_nat64 = IPv6Network("64:ff9b::/96")
+_isatap = (0x00005EFE, 0x02005EFE)  # RFC 5214: the upper half of an interface identifier
+
+# What a name inside an organisation may well lead to. A rule that allows a name does not allow whoever
+# runs its DNS to point it at the metadata service: for the other kinds the address itself must be allowed.
+_named_kinds = frozenset({None, "loopback", "private", "shared (CGNAT)"})
+
+_loopback: tuple[IP, ...] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
+_known_names: dict[str, tuple[IP, ...]] = {
+    **dict.fromkeys(
+        "localhost localhost4 localhost6 localhost.localdomain localhost4.localdomain4 "
+        "localhost6.localdomain6 ip6-localhost ip6-loopback".split(),
+        _loopback,
+    ),
+    **dict.fromkeys(
+        "metadata metadata.google.internal metadata.goog instance-data instance-data.ec2.internal "
+        "metadata.azure.com metadata.azure.internal metadata.tencentyun.com".split(),
+        (IPv4Address("169.254.169.254"),),
+    ),
+}
+"""Names whose addresses are known without asking: they are refused at submission."""
+
+# Authority and no more; what this does not match, two parsers might read in two ways.
+_http_url = re.compile(
+    r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([1-9][0-9]{0,4}))?(?=[/?#]|\Z)", re.ASCII | re.IGNORECASE
+)
+_label = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_number = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
+_rule = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::(\*|[0-9]{1,5}))?", re.ASCII)
+_ucred = struct.Struct("iII")
+_ANY_PORT = 0
+
+
+class Origin(NamedTuple):
+    """Who asked for a URL: a peer of the unix socket, by its uid; a peer over HTTP, `trusted` if it showed
+    the token; or this program itself.
+    """
+
+    via: Literal["unix", "http", "program"]
+    uid: int | None = None
+    trusted: bool = False
+
+    @classmethod
+    def unix(cls, uid: int) -> Origin:
+        return cls("unix", uid)
+
+    @classmethod
+    def http(cls, *, trusted: bool = False) -> Origin:
+        return cls("http", None, trusted)
+
+    @property
+    def local(self) -> bool:
+        """Whether it may reach the loopback. All that sets one origin's HTTP apart from another's, so there
+        is one session for those that may and one for those that may not.
+        """
+        return self.via == "program" or (self.via == "unix" and self.uid in (0, os.getuid()))
+
+    @property
+    def owners(self) -> frozenset[int]:
+        """The uids whose sockets it may name. The HTTP token is in a file that only our user can read."""
+        if self.via == "unix" and self.uid is not None:
+            return frozenset({self.uid, os.getuid()} if self.local else {self.uid})
+        return frozenset({os.getuid()} if self.via == "program" or self.trusted else ())
+
+    def __str__(self) -> str:
+        if self.via == "unix":
+            return f"uid {self.uid}"
+        return "this program" if self.via == "program" else "an HTTP peer"
+
+
+PROGRAM = Origin("program")
+
+
+class Address(NamedTuple):
+    """A numeric address that a connection may go to. `family` is AF_INET or AF_INET6."""
+
+    host: str
+    port: int
+    family: int
+
+
+class _Rule(NamedTuple):
+    """What a rule allows: a name or a network, at one port, any (0) or the usual ones (None)."""
+
+    name: str | None
+    network: Network | None
+    port: int | None
+
+    def takes_port(self, port: int) -> bool:
+        return self.port == _ANY_PORT or (_usual(port) if self.port is None else self.port == port)
+
+    def covers(self, name: str | None, address: IP, kind: str | None, port: int) -> bool:
+        if not self.takes_port(port):
+            return False
+        if self.network is not None:
+            return address in self.network
+        return self.name == name and kind in _named_kinds
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where URLs may lead. `allow` holds the rules that widen it, each a text:
+
+    `HOST`, `HOST:PORT`: a name, exactly; it may then resolve to loopback and private addresses, too.
+    `ADDRESS`, `CIDR`, with or without `:PORT`; IPv6 stands in brackets: `[fd00::/8]:8080`.
+    `unix:PATH`: the socket at PATH and all below that folder, whoever owns them.
+
+    Without a port a rule is for the usual ones; `:*` is any port. Raises ConfigError for a rule that is
+    none of these.
+    """
+
+    allow: Sequence[str] = ()
+    _tcp: tuple[_Rule, ...] = field(init=False, repr=False, compare=False)
+    _unix: tuple[str, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.allow, str):
+            raise ConfigError(f"the rules must be a list of texts, not the text {printable(self.allow)}")
+        rules = tuple(self.allow)
+        object.__setattr__(self, "allow", rules)
+        object.__setattr__(self, "_unix", tuple(_unix_rule(r) for r in rules if r.startswith("unix:")))
+        object.__setattr__(self, "_tcp", tuple(_tcp_rule(r) for r in rules if not r.startswith("unix:")))
+
+    # -- at submission ------------------------------------------------------------------------------
+
+    def admit(self, url: str, origin: Origin, what: str = "the hook") -> None:
+        """Judge a URL when it is asked for: `check`, and for a unix URL who owns the socket.
+
+        Raises Forbidden. A socket that is not there yet passes for our own user, as it is judged again
+        when it is connected to. Other users are told the same whether it is missing or another's: they
+        may not ask us which files exist.
+        """
+        self.check(url, origin, what)
+        path = urls.unix_path(url)
+        if path is None:
+            return
+        try:
+            os.close(self._open(path, origin, what))
+        except OSError as error:
+            if not origin.local:
+                raise self._not_theirs(path, origin, what) from None
+            if not isinstance(error, FileNotFoundError):
+                raise Forbidden(f"{what} {printable(path)} cannot be reached: {error.strerror}") from None
+
+    def check(self, url: str, origin: Origin, what: str = "the hook") -> None:
+        """Judge a URL by its text alone: no DNS, no file is looked at. Raises Forbidden."""
+        path = _unix_path(url, what)
+        if path is None:
+            host, port = _host_and_port(url, what)
+            self._check_host(host, port, origin, what)
+        elif origin.via == "http" and not origin.trusted:
+            raise Forbidden(f"{what} is a unix socket, which {origin} may name only with the token")
+
+    def _check_host(self, host: str, port: int, origin: Origin, what: str) -> None:
+        literal = _literal(host, what)
+        if literal is not None:
+            self._judge(None, literal, port, origin, what)
+            return
+        name = _canonical_name(host)
+        if name is None:
+            raise Forbidden(f"{what} has a host that is no name: {printable(host)}")
+        known = _loopback if name.endswith(".localhost") else _known_names.get(name, ())
+        for address in known:
+            self._judge(name, address, port, origin, what)
+        # Whether a rule for some network covers this one is known when the name is resolved.
+        if not _usual(port) and not any(
+            rule.takes_port(port) and (rule.network is not None or rule.name == name) for rule in self._tcp
+        ):
+            raise Forbidden(f"{what} leads to port {port}, which is not open to hooks")
+
+    def _judge(self, name: str | None, address: IP, port: int, origin: Origin, what: str) -> None:
+        """Judge one address, which `name` resolves to, or which stands in the URL (None)."""
+        address = _unmapped(address)
+        kind = _kind(address)
+        if any(rule.covers(name, address, kind, port) for rule in self._tcp):
+            return
+        if not _usual(port):
+            raise Forbidden(f"{what} leads to port {port}, which is not open to hooks")
+        if kind is None or (kind == "loopback" and origin.local):
+            return
+        where = f"{name} at {address}" if name else str(address)
+        raise Forbidden(
+            f"{what} leads to {where} ({kind}), which {origin} may not name; "
+            f"an operator can allow it: --allow-hook {_as_rule(name, address, kind)}:{port}"
+        )
+
+    # -- at connect, http and https -----------------------------------------------------------------
+
+    async def resolve(self, url: str, origin: Origin, what: str = "the hook") -> list[Address]:
+        """Judge an http or https URL, resolve its host, and judge every address.
+
+        Connect to one of these addresses, and do not resolve again: the next answer may differ. Raises
+        Forbidden, and OSError (socket.gaierror) when the name does not resolve.
+        """
+        self.check(url, origin, what)
+        host, port = _host_and_port(url, what)
+        return await self._lookup(host, port, socket.AF_UNSPEC, origin, what)
+
+    async def _lookup(self, host: str, port: int, family: int, origin: Origin, what: str) -> list[Address]:
+        self._check_host(host, port, origin, what)
+        literal = _literal(host, what)
+        if literal is not None:
+            family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
+            return [Address(str(literal), port, family)]
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host,
+            port,
+            family=family,
+            type=socket.SOCK_STREAM,
+            proto=socket.IPPROTO_TCP,
+            flags=socket.AI_ADDRCONFIG,
+        )
+        addresses = dict.fromkeys(Address(str(to[0]), port, int(kind)) for kind, _, _, _, to in found)
+        if not addresses:
+            raise OSError(f"{printable(host)} has no address")
+        name = _canonical_name(host)
+        for address in addresses:
+            bare = address.host.partition("%")[0]  # a zone does not change the kind
+            self._judge(name, ipaddress.ip_address(bare), port, origin, what)
+        return list(addresses)
+
+    # -- at connect, unix ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def unix_target(self, url: str, origin: Origin, what: str = "the hook") -> Iterator[str]:
+        """Judge a unix URL and give the path to connect to, good within the `with` block: it leads to the
+        very file that was judged, whatever its name leads to by then.
+
+        Raises Forbidden, OSError when the socket is not there or not for us. Call `check_unix_peer` with
+        what was connected.
+        """
+        self.check(url, origin, what)
+        path = _unix_path(url, what)
+        if path is None:
+            raise ValueError(f"not a unix URL: {printable(url)}")
+        descriptor = self._open(path, origin, what)
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+
+    def check_unix_peer(self, sock: socket.socket, url: str, origin: Origin, what: str = "the hook") -> None:
+        """Judge who listens at the other end of a connected socket, before a byte is written.
+
+        The kernel tells the uid that called listen(), so a listener that was made by root and given away
+        (systemd's socket activation) needs a rule. Raises Forbidden.
+        """
+        path = _unix_path(url, what)
+        if path is None:
+            raise ValueError(f"not a unix URL: {printable(url)}")
+        _, uid, _ = _ucred.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
+        if uid not in origin.owners and not _below(path, self._unix):
+            raise self._not_theirs(path, origin, what)
+
+    def _open(self, path: str, origin: Origin, what: str) -> int:
+        """A descriptor (O_PATH) of the socket at `path` if `origin` may use it. Raises Forbidden, OSError."""
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            info = os.fstat(descriptor)
+            theirs = info.st_uid in origin.owners and not _led_astray(path, origin)
+            if not stat.S_ISSOCK(info.st_mode) or not (theirs or self._allowed_file(path, descriptor)):
+                raise self._not_theirs(path, origin, what)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _allowed_file(self, path: str, descriptor: int) -> bool:
+        """Whether a rule allows the file, both as it is named and where it really is: who may write to an
+        allowed folder may make links there.
+        """
+        if not _below(path, self._unix):
+            return False
+        real = os.readlink(f"/proc/self/fd/{descriptor}")
+        return _below(real, tuple(os.path.realpath(prefix) for prefix in self._unix))
+
+    def _not_theirs(self, path: str, origin: Origin, what: str) -> Forbidden:
+        return Forbidden(
+            f"{what} {printable(path)} is not a socket of {origin}; "
+            f"an operator can allow it: --allow-hook {printable('unix:' + path)}"
+        )
+
+
+# -- spelling ---------------------------------------------------------------------------------------
+
+
+def _unix_path(url: str, what: str) -> str | None:
+    """The path of a unix URL, None for an http or https one. Raises Forbidden for all others."""
+    try:
+        urls.check(url, what)
+    except BadRequest as error:
+        raise Forbidden(str(error)) from None
+    path = urls.unix_path(url)
+    if path is not None and ".." in path.split("/"):
+        raise Forbidden(f"{what} has '..' in its path: {printable(path)}")
+    return path
+
+
+def _host_and_port(url: str, what: str) -> tuple[str, int]:
+    match = _http_url.match(url)
+    if match is None:
+        raise Forbidden(
+            f"{what} has a host that is not plain: {printable(url)}; write names in ASCII (xn--...), "
+            "addresses as four decimal numbers or in brackets, and no percent signs"
+        )
+    scheme, host, port = match.groups()
+    return host, int(port) if port else (443 if scheme.lower() == "https" else 80)
+
+
+def _literal(host: str, what: str) -> IP | None:
+    """The address that `host` spells in its one canonical way, None for a name. Raises Forbidden for
+    numbers that some resolver takes for an address: `127.1`, `0177.0.0.1`, `0x7f000001`, `2130706433`.
+    """
+    try:
+        if ":" in host:
+            return IPv6Address(host.removeprefix("[").removesuffix("]"))
+        # The URL standard's test: a name never ends in a number.
+        if _number.fullmatch(host.removesuffix(".").rpartition(".")[2].lower()):
+            return IPv4Address(host)
+    except ValueError:
+        raise Forbidden(
+            f"{what} has a host that is a disguised or broken address: {printable(host)}"
+        ) from None
+    return None
+
+
+def _canonical_name(host: str) -> str | None:
+    """A DNS name in lower case without its last dot; None if it is none."""
+    name = host.lower().removesuffix(".")
+    valid = len(name) <= 253 and all(_label.fullmatch(label) for label in name.split("."))
+    return name if valid else None
+
+
+# -- addresses --------------------------------------------------------------------------------------
+
+
+def _usual(port: int) -> bool:
+    return port in USUAL_PORTS or (1024 <= port <= 65535 and port not in BLOCKED_PORTS)
+
+
+def _unmapped(address: IP) -> IP:
+    """The IPv4 address that the kernel really connects to for `::ffff:a.b.c.d`."""
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+def _kind(address: IP) -> str | None:
+    """What is special about an address; None for the public internet."""
+    for kind, network in _ranges:
+        if address in network:
+            return kind
+    if isinstance(address, IPv4Address):
+        return None
+    inner = IPv4Address(int(address) & 0xFFFFFFFF)
+    if address in _nat64 or (int(address) >> 32) & 0xFFFFFFFF in _isatap:
+        kind_within = _kind(inner)
+        if kind_within is not None:
+            return f"{kind_within}: a tunnel to {inner}"
+        return None if address in _nat64 else _outside(address)
+    return _outside(address)
+
+
+def _outside(address: IPv6Address) -> str | None:
+    return None if address in _global_unicast else "reserved"
+
+
+# -- rules ------------------------------------------------------------------------------------------
+
+
+def _tcp_rule(text: str) -> _Rule:
+    match = _rule.fullmatch(text)
+    if match is None or not match[1]:
+        raise _bad_rule(text, "it must be HOST or CIDR, with or without :PORT; IPv6 stands in brackets")
+    port = None if match[2] is None else _ANY_PORT if match[2] == "*" else int(match[2])
+    if port is not None and match[2] != "*" and not 1 <= port <= 65535:
+        raise _bad_rule(text, f"there is no port {port}")
+    host = match[1]
+    bracketed = host.startswith("[")
+    if bracketed or "/" in host or _number.fullmatch(host.rpartition(".")[2].lower()):
+        return _Rule(None, _network(text, host[1:-1] if bracketed else host, 6 if bracketed else 4), port)
+    name = _canonical_name(host)
+    if name is None:
+        raise _bad_rule(text, f"{printable(host)} is no host name; for an IPv6 address use brackets")
+    return _Rule(name, None, port)
+
+
+def _network(text: str, network: str, version: int) -> Network:
+    try:
+        parsed = IPv6Network(network) if version == 6 else IPv4Network(network)
+    except ValueError as error:
+        raise _bad_rule(text, str(error)) from None
+    if isinstance(parsed, IPv6Network) and parsed.prefixlen >= 96 and parsed[0].ipv4_mapped is not None:
+        raise _bad_rule(text, "write an IPv4-mapped network as IPv4")
+    return parsed
+
+
+def _unix_rule(text: str) -> str:
+    path = text.removeprefix("unix:")
+    if not path.startswith("/") or path.startswith("//"):
+        raise _bad_rule(text, "it must be unix: and an absolute path, such as unix:/run/hooks")
+    if not path.isprintable() or ".." in path.split("/"):
+        raise _bad_rule(text, "the path must have no '..' and no control characters")
+    return os.path.normpath(path)
+
+
+def _bad_rule(text: str, why: str) -> ConfigError:
+    return ConfigError(f"the rule {printable(text)!r} is not usable: {why}")
+
+
+def _as_rule(name: str | None, address: IP, kind: str | None) -> str:
+    """The narrowest rule that would have helped."""
+    if name is not None and kind in _named_kinds:
+        return name
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+# -- files ------------------------------------------------------------------------------------------
+
+
+def _below(path: str, prefixes: tuple[str, ...]) -> bool:
+    path = os.path.normpath(path)
+    return any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in prefixes)
+
+
+def _led_astray(path: str, origin: Origin) -> bool:
+    """Whether a link on the way, in a sticky folder such as /tmp, was laid by a third user: it could lead
+    the answer to another socket of the requester's. Linux refuses these by itself where
+    fs.protected_symlinks is set. Raises OSError.
+    """
+    at, sticky = "", False
+    for name in path.split("/"):
+        if not name:
+            continue
+        at = f"{at}/{name}"
+        info = os.lstat(at)
+        if stat.S_ISLNK(info.st_mode):
+            if sticky and info.st_uid not in {0, os.getuid(), *origin.owners}:
+                return True
+            info = os.stat(at)
+        sticky = bool(info.st_mode & stat.S_ISVTX)
+    return False
+
+
+# -- aiohttp ----------------------------------------------------------------------------------------
+
+
+class PolicyResolver(AbstractResolver):
+    """A resolver for aiohttp that gives out nothing but addresses that `origin` may reach.
+
+    aiohttp does not ask a resolver about addresses that stand in the URL: use `connector`, which sees to
+    them, too.
+    """
+
+    def __init__(self, policy: Policy, origin: Origin, what: str = "the hook") -> None:
+        self.policy = policy
+        self.origin = origin
+        self.what = what
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        addresses = await self.policy._lookup(host, port, family, self.origin, self.what)
+        return [
+            {
+                "hostname": host,
+                "host": address.host,
+                "port": address.port,
+                "family": address.family,
+                "proto": socket.IPPROTO_TCP,
+                "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            }
+            for address in addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+@cache
+def _connector_class() -> Any:
+    import aiohttp
+    from aiohttp.connector import Connection
+
+    class PolicyConnector(aiohttp.TCPConnector):
+        """Judges each request, before one of the open connections is taken for it, too."""
+
+        def __init__(self, policy: Policy, origin: Origin, what: str, **options: Any) -> None:
+            super().__init__(resolver=PolicyResolver(policy, origin, what), **options)
+            self._judge = (policy, origin, what)
+
+        async def connect(self, req: aiohttp.ClientRequest, traces: Any, timeout: Any) -> Connection:
+            policy, origin, what = self._judge
+            if req.proxy is not None:
+                raise Forbidden(f"{what} would be reached through a proxy, which could lead anywhere")
+            policy.check(str(req.url.origin()), origin, what)
+            return await super().connect(req, traces, timeout)
+
+    return PolicyConnector
+
+
+def connector(policy: Policy, origin: Origin, what: str = "the hook", **options: Any) -> aiohttp.TCPConnector:
+    """An aiohttp connector that connects only where `origin` may go; `options` are TCPConnector's.
+
+    It raises Forbidden out of the request: for a forbidden host or address, for each hop of a redirect,
+    for any proxy. Its open connections are lent to whoever uses it, so share it only between origins
+    whose `local` is the same.
+    """
+    made: aiohttp.TCPConnector = _connector_class()(policy, origin, what, **options)
+    return made
+
+
+def session(
+    policy: Policy, origin: Origin, *, timeout: float, limit: int = 256, limit_per_host: int = 32
+) -> aiohttp.ClientSession:
+    """An aiohttp session for messages to hooks: `connector`, no proxies from the environment, no cookies,
+    `timeout` seconds for a whole exchange. Redirects are the request's to refuse: `allow_redirects=False`.
+    """
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        trust_env=False,
+        timeout=aiohttp.ClientTimeout(total=timeout, connect=timeout),
+        connector=connector(policy, origin, limit=limit, limit_per_host=limit_per_host),
+        # Many hooks share a session; what one of them sets is not the others' business.
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
