@@ -6,8 +6,10 @@ library of the same name, in all its generations. This package knows nothing of 
 for the supervisor and its process pool.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from acomm.channel import send, send_sync
-from acomm.client import Call, Client, connect
 from acomm.errors import (
     AcommError,
     AddressInUse,
@@ -32,6 +34,22 @@ from acomm.listener import Connection, Peer, UnixListener, send_conn_data, unmar
 from acomm.messages import Handlers, Request, Response
 from acomm.tracker import Tracker
 
+if TYPE_CHECKING:
+    from acomm.client import Call, Client, connect
+    from acomm.multi import MultiRequest, gather
+    from acomm.streams import open_stream, stream
+
+# Loaded when they are first used: many programs, workers among them, need none of these.
+_homes = {
+    "Call": "acomm.client",
+    "Client": "acomm.client",
+    "MultiRequest": "acomm.multi",
+    "connect": "acomm.client",
+    "gather": "acomm.multi",
+    "open_stream": "acomm.streams",
+    "stream": "acomm.streams",
+}
+
 __all__ = [
     "AcommError",
     "AddressInUse",
@@ -49,6 +67,7 @@ __all__ = [
     "Forbidden",
     "HandlerError",
     "Handlers",
+    "MultiRequest",
     "Peer",
     "Poisoned",
     "Request",
@@ -61,8 +80,19 @@ __all__ = [
     "UnknownTask",
     "WorkerLost",
     "connect",
+    "gather",
+    "open_stream",
     "send",
     "send_conn_data",
     "send_sync",
+    "stream",
     "unmarshal_conn_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _homes:
+        raise AttributeError(f"module 'acomm' has no attribute {name!r}")
+    value = getattr(import_module(_homes[name]), name)
+    globals()[name] = value
+    return value

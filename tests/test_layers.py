@@ -21,14 +21,17 @@ ACOMM = {
     "handlers": 1,
     "jsontext": 1,
     "urls": 1,
+    "egress": 2,
     "messages": 2,
     "socketpath": 2,
     "transport": 2,
     "listener": 3,
+    "streams": 3,
     "channel": 4,
     "delivery": 5,
     "tracker": 6,
     "client": 7,
+    "multi": 7,
     "__init__": TOP,
 }
 
