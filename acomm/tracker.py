@@ -13,6 +13,7 @@ or the timeout, whichever is first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -177,6 +178,10 @@ class Tracker:
             self._timer.cancel()
             self._timer = None
         if self._streams is not None:
+            # Who has just been told of a stream may not have come for it yet.
+            if timeout is None or timeout > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._streams.drained(), timeout)
             await self._streams.close()
             self._streams = None
         self.delivery.stop()
