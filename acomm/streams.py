@@ -485,7 +485,7 @@ class _UnixStream:
                 self._owner.abandoned += 1
             else:
                 self._owner.broken += 1
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a source that exits must not take the event loop along
             self._owner.broken += 1
             log.error("a stream broke", exc_info=error)
         finally:
@@ -528,7 +528,7 @@ class _UnixStream:
             await self._chunks.aclose()
         except asyncio.CancelledError:
             pass  # our own task, and there is nothing more to do
-        except Exception:
+        except (Exception, SystemExit):
             log.exception("a stream's source could not be closed")
         finally:
             self._owner._ended(self)

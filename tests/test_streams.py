@@ -341,6 +341,14 @@ async def fails_in_an_async_generator() -> Any:
     raise ValueError("no more")
 
 
+async def exits_on_the_loop() -> Any:
+    try:
+        yield DATA
+        sys.exit(0)
+    finally:
+        sys.exit(1)
+
+
 async def is_cancelled_within() -> Any:
     yield DATA
     raise asyncio.CancelledError
@@ -369,6 +377,7 @@ FAILURES: list[Callable[[], Any]] = [
     exits,
     StopsAsync,
     fails_in_an_async_generator,
+    exits_on_the_loop,
     is_cancelled_within,
     yields_text,
     yields_numbers,
