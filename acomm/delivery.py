@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 
 from acomm.channel import Channels, Outgoing
 from acomm.errors import AcommError, BadRequest, printable
@@ -35,6 +36,7 @@ class Delivery:
         self.pending = 0
         self._stopped = False
         self._retries: set[asyncio.TimerHandle] = set()
+        self._troubled: Counter[str] = Counter()  # by hook, its responses that have failed
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -60,6 +62,22 @@ class Delivery:
         while self._retries:
             self._retries.pop().cancel()
             self.finished(False)
+        self._troubled.clear()
+
+    def failed_first(self, url: str) -> bool:
+        """A response has failed for the first time; whether its hook had no other in trouble. The log
+        tells of hooks, not of responses: whoever names a dead one a thousand times must not fill it.
+        """
+        self._troubled[url] += 1
+        return self._troubled[url] == 1
+
+    def trouble_ended(self, url: str) -> bool:
+        """A response that had failed is delivered or given up; whether it was its hook's last in trouble."""
+        self._troubled[url] -= 1
+        if self._troubled[url]:
+            return False
+        del self._troubled[url]
+        return True
 
     def finished(self, delivered: bool) -> None:
         self.pending -= 1
@@ -99,13 +117,17 @@ class _Attempt:
 
     def _done(self, error: AcommError | None) -> None:
         if error is None:
+            if self.failures:
+                self.delivery.trouble_ended(self.url)
             self.delivery.finished(True)
             return
         self.failures += 1
+        first = self.failures == 1 and self.delivery.failed_first(self.url)
         loop = asyncio.get_running_loop()
         too_late = time.monotonic() - self.since > self.delivery.give_up_after
         if too_late or self.delivery._stopped or self.delivery.channels.closed:
-            log.error("gave up on the hook %s: %s", printable(self.url), printable(error))
+            level = logging.ERROR if self.delivery.trouble_ended(self.url) else logging.DEBUG
+            log.log(level, "gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)
             return
         from random import uniform  # it costs a tenth of `import acomm`, for what should be rare
@@ -113,7 +135,7 @@ class _Attempt:
         # The exponent has an end, or a hook that is down for days makes it too large for a float.
         pause = min(FIRST_BACKOFF * 2 ** min(self.failures - 1, 20), LONGEST_BACKOFF) * uniform(0.5, 1)
         log.log(
-            logging.WARNING if self.failures == 1 else logging.DEBUG,
+            logging.WARNING if first else logging.DEBUG,
             "the hook %s did not take a response (%s); trying again in %.1f s",
             printable(self.url),
             printable(error),

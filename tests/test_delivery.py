@@ -100,7 +100,9 @@ async def test_a_hook_that_is_down_gets_it_when_it_comes_up(
         assert {m["id"] for m in hook.messages} == {f"{i}" for i in range(10)}
     assert deliveries.delivered == 10
     levels = [record.levelno for record in caplog.records if "did not take" in record.message]
-    assert levels.count(logging.WARNING) == 10  # the first time each; the rest is for the curious
+    assert (
+        levels.count(logging.WARNING) == 1
+    )  # of the hook, not of each response; the rest is for the curious
 
 
 async def test_an_acknowledgement_with_an_error_is_no_delivery(tmp_path: Path, channels: Channels) -> None:
@@ -191,3 +193,15 @@ async def test_closing_the_channels_ends_what_is_under_way(tmp_path: Path, chann
         await drained(deliveries)
         assert deliveries.abandoned == 1
         done.set()
+
+
+async def test_the_log_tells_once_of_a_hook_whatever_number_of_responses_it_refuses(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliveries = Delivery(channels, give_up_after=0.2)
+    for number in range(50):
+        deliveries.post(f"unix://{tmp_path}/{number % 2}.sock", Response(f"{number}"), 3)
+    await drained(deliveries)
+    assert deliveries.abandoned == 50
+    assert [record.levelno for record in caplog.records].count(logging.WARNING) == 2
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
