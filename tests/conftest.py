@@ -1,4 +1,4 @@
-"""Event loops of the async tests: a module that sets BOTH_LOOPS runs on asyncio's and on uvloop's."""
+"""What tests share. A module that sets BOTH_LOOPS runs its async tests on asyncio's and uvloop's loops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from serving import Fifo
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -28,3 +29,17 @@ def folder_for_all() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Fifo]:
+    fifo = Fifo(tmp_path / "started")
+    yield fifo
+    fifo.close()
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Iterator[Fifo]:
+    fifo = Fifo(tmp_path / "release")
+    yield fifo
+    fifo.close()

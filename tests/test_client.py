@@ -38,13 +38,6 @@ def client(served: Served) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Fifo]:
-    fifo = Fifo(tmp_path / "started")
-    yield fifo
-    fifo.close()
-
-
 class TestCalls:
     def test_by_name(self, client: Client) -> None:
         assert client.call("add", 1, 2) == 3

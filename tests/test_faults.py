@@ -38,20 +38,6 @@ def client(served: Served) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Fifo]:
-    fifo = Fifo(tmp_path / "started")
-    yield fifo
-    fifo.close()
-
-
-@pytest.fixture
-def release(tmp_path: Path) -> Iterator[Fifo]:
-    fifo = Fifo(tmp_path / "release")
-    yield fifo
-    fifo.close()
-
-
 def crunching(served: Served, client: Client) -> list[int]:
     """Have every worker run C code for minutes; their pids."""
     for _ in range(2):

@@ -55,13 +55,6 @@ def client(served: Served) -> Iterator[Client]:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Fifo]:
-    fifo = Fifo(tmp_path / "started")
-    yield fifo
-    fifo.close()
-
-
-@pytest.fixture
 async def supervisor(tmp_path: Path) -> AsyncIterator[Supervisor]:
     """One within this process, whose parts a test can reach."""
     async with Supervisor("servedtasks", workers=1, socket=tmp_path / "s.sock") as supervisor:
