@@ -29,9 +29,10 @@ from typing import Any
 import msgspec
 
 from acomm import handlers
+from acomm.egress import Origin
 from acomm.errors import AcommError
 from acomm.jsontext import parse
-from acomm.listener import Connection, Peer, UnixListener
+from acomm.listener import Connection, UnixListener
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.tracker import Tracker
 from workers.calls import Call, Outcome
@@ -64,6 +65,8 @@ _AFTER_FAULT = 0.1
 _INTERNAL = "the supervisor failed at this request; its log tells why"
 
 _quote = msgspec.json.encode
+
+Resolve = Callable[[Response], None]
 
 
 class Supervisor:
@@ -115,7 +118,6 @@ class Supervisor:
         self._idle: asyncio.Event | None = None
         self._released = False
         self._started_at = time.monotonic()
-        self._uid = os.getuid()
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.config.socket}, {self.pool!r}>"
@@ -297,7 +299,7 @@ class Supervisor:
             self._refuse(conn, Request("?", id=id, response_hook=hook, wire=wire, extended=extended), error)
             return
         try:
-            self.accept(request, conn.peer)
+            self.accept(request, Origin.unix(conn.peer.uid))
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -318,28 +320,28 @@ class Supervisor:
             # Generation 1 has no acknowledgement: its refusal is the answer.
             self.tracker.delivery.post(request.response_hook, response, request.wire)
 
-    def accept(self, request: Request, peer: Peer) -> None:
-        """Take a request: afterwards it will be answered. Raises the AcommError of its refusal, in which
-        case nothing was done.
+    def accept(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
+        """Take a request of `origin`: afterwards it will be answered, at its hook and by `resolve(response)`.
+        Raises the AcommError of its refusal, in which case nothing was done.
         """
         if request.task.startswith(RESERVED):
-            self._answer_verb(request)
+            self._answer_verb(request, resolve)
             return
         content = digest(request)
         known = self._recent.known(request.id, time.monotonic())
         if known is not None:
-            self._repeated(request, known == content)
+            self._repeated(request, known == content, resolve)
             return
         if self.draining:
             raise ShuttingDown("the supervisor is stopping")
         task = self._task(request.task)
-        self._check_handlers(request, peer)
+        self._check_handlers(request, origin)
         task.check_args(request.args)
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
         call = _call(request, task)
         self.pool.submit(call)
-        self.tracker.track(request, proxied=True, unpickle=True)
+        self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True)
         self._recent.begin(request.id, content)
         self._calls[request.id] = call
         self._counts["accepted"] += 1
@@ -355,19 +357,21 @@ class Supervisor:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UnknownTask(f"no task {printable(name)} is served here{hint}")
 
-    def _check_handlers(self, request: Request, peer: Peer) -> None:
+    def _check_handlers(self, request: Request, origin: Origin) -> None:
         if request.handlers is None:
             return
-        if peer.uid not in (0, self._uid):
+        if not origin.local:
             raise Forbidden("handlers are taken from the supervisor's own user only")
         handlers.check_versions(request.handlers.python, request.handlers.dill)
 
-    def _repeated(self, request: Request, same: bool) -> None:
+    def _repeated(self, request: Request, same: bool, resolve: Resolve | None) -> None:
         """An id that was seen before: acknowledged again if it is the same request, else a conflict."""
-        if not same:
+        answer = self._recent.answer(request.id)
+        if not same or (resolve is not None and answer is None):
             raise Conflict(f"the id {printable(request.id)} was used for another request")
         self._counts["repeated"] += 1
-        answer = self._recent.answer(request.id)
+        if answer is not None and resolve is not None:
+            resolve(answer)
         if answer is not None and request.response_hook is not None:
             answer = msgspec.structs.replace(answer, extended=request.extended)
             self.tracker.delivery.post(request.response_hook, answer, request.wire)
@@ -428,13 +432,15 @@ class Supervisor:
 
     # -- control verbs ------------------------------------------------------------------------------
 
-    def _answer_verb(self, request: Request) -> None:
+    def _answer_verb(self, request: Request, resolve: Resolve | None) -> None:
         verb = self._verbs.get(request.task)
         if verb is None:
             raise UnknownTask(f"no task {printable(request.task)}; known: {', '.join(sorted(self._verbs))}")
         result = msgspec.Raw(_quote(verb(request)))
+        response = Response(request.id, result, extended=request.extended)
+        if resolve is not None:
+            resolve(response)
         if request.response_hook is not None:
-            response = Response(request.id, result, extended=request.extended)
             self.tracker.delivery.post(request.response_hook, response, request.wire)
 
     def _tasks_verb(self, request: Request) -> list[dict[str, Any]]:
