@@ -4,10 +4,12 @@ A service that posts to whatever URL a request names is a way round every firewa
 behind. So a URL is judged by who asked for it, and judged twice:
 
     submission   Policy.admit(url, origin)         no DNS; the requester learns of a refusal at once
-    connect      http(s): session(policy, origin)  names are resolved once, every address must pass,
-                                                   and the connection goes to one of those addresses
+    connect      http(s): Policy.resolve(...)      names are resolved once, every address must pass,
+                          httpegress.session(...)  and the connection goes to one of those addresses
                  unix: Policy.unix_target(...)     the file is opened, judged, and connected to by
                        Policy.check_unix_peer(...) its descriptor: another file of that name is no use
+
+A Guard is a policy together with the one whose URLs it judges; whoever connects for others takes one.
 
 What passes unless a rule allows more:
 
@@ -31,19 +33,11 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from acomm import urls
 from acomm.errors import BadRequest, ConfigError, Forbidden, printable
-
-# aiohttp takes longer to import than all of acomm: imported where used.
-if TYPE_CHECKING:
-    import aiohttp
-    from aiohttp.abc import AbstractResolver, ResolveResult
-else:
-    AbstractResolver = object
 
 IP = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -110,6 +104,11 @@ _number = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 _rule = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::(\*|[0-9]{1,5}))?", re.ASCII)
 _ucred = struct.Struct("iII")
 _ANY_PORT = 0
+_lookup_options: dict[str, Any] = {
+    "type": socket.SOCK_STREAM,
+    "proto": socket.IPPROTO_TCP,
+    "flags": socket.AI_ADDRCONFIG,
+}
 
 
 class Origin(NamedTuple):
@@ -275,22 +274,38 @@ class Policy:
         """
         self.check(url, origin, what)
         host, port = _host_and_port(url, what)
-        return await self._lookup(host, port, socket.AF_UNSPEC, origin, what)
+        return await self.lookup(host, port, socket.AF_UNSPEC, origin, what)
 
-    async def _lookup(self, host: str, port: int, family: int, origin: Origin, what: str) -> list[Address]:
+    def resolve_sync(self, url: str, origin: Origin, what: str = "the hook") -> list[Address]:
+        """`resolve` for code without an event loop: it blocks while the name is looked up."""
+        self.check(url, origin, what)
+        host, port = _host_and_port(url, what)
+        known = self._known_address(host, port, origin, what)
+        if known is not None:
+            return [known]
+        return self._judged(socket.getaddrinfo(host, port, **_lookup_options), host, port, origin, what)
+
+    async def lookup(self, host: str, port: int, family: int, origin: Origin, what: str) -> list[Address]:
+        """`resolve` for one host and port. `family` limits what is looked up, as in getaddrinfo."""
+        known = self._known_address(host, port, origin, what)
+        if known is not None:
+            return [known]
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, family=family, **_lookup_options)
+        return self._judged(found, host, port, origin, what)
+
+    def _known_address(self, host: str, port: int, origin: Origin, what: str) -> Address | None:
+        """The address that `host` is, judged; None for a name, which has passed as far as it is known."""
         self._check_host(host, port, origin, what)
         literal = _literal(host, what)
-        if literal is not None:
-            family = socket.AF_INET if literal.version == 4 else socket.AF_INET6
-            return [Address(str(literal), port, family)]
-        found = await asyncio.get_running_loop().getaddrinfo(
-            host,
-            port,
-            family=family,
-            type=socket.SOCK_STREAM,
-            proto=socket.IPPROTO_TCP,
-            flags=socket.AI_ADDRCONFIG,
-        )
+        if literal is None:
+            return None
+        return Address(str(literal), port, socket.AF_INET if literal.version == 4 else socket.AF_INET6)
+
+    def _judged(
+        self, found: Sequence[Sequence[Any]], host: str, port: int, origin: Origin, what: str
+    ) -> list[Address]:
+        """What getaddrinfo has found, if all of it passes."""
         addresses = dict.fromkeys(Address(str(to[0]), port, int(kind)) for kind, _, _, _, to in found)
         if not addresses:
             raise OSError(f"{printable(host)} has no address")
@@ -360,6 +375,13 @@ class Policy:
             f"{what} {printable(path)} is not a socket of {origin}; "
             f"an operator can allow it: --allow-hook {printable('unix:' + path)}"
         )
+
+
+class Guard(NamedTuple):
+    """A policy, and the one whose URLs it is to judge."""
+
+    policy: Policy
+    origin: Origin
 
 
 # -- spelling ---------------------------------------------------------------------------------------
@@ -521,88 +543,3 @@ def _led_astray(path: str, origin: Origin) -> bool:
             info = os.stat(at)
         sticky = bool(info.st_mode & stat.S_ISVTX)
     return False
-
-
-# -- aiohttp ----------------------------------------------------------------------------------------
-
-
-class PolicyResolver(AbstractResolver):
-    """A resolver for aiohttp that gives out nothing but addresses that `origin` may reach.
-
-    aiohttp does not ask a resolver about addresses that stand in the URL: use `connector`, which sees to
-    them, too.
-    """
-
-    def __init__(self, policy: Policy, origin: Origin, what: str = "the hook") -> None:
-        self.policy = policy
-        self.origin = origin
-        self.what = what
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        addresses = await self.policy._lookup(host, port, family, self.origin, self.what)
-        return [
-            {
-                "hostname": host,
-                "host": address.host,
-                "port": address.port,
-                "family": address.family,
-                "proto": socket.IPPROTO_TCP,
-                "flags": socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            }
-            for address in addresses
-        ]
-
-    async def close(self) -> None:
-        """Nothing to close."""
-
-
-@cache
-def _connector_class() -> Any:
-    import aiohttp
-    from aiohttp.connector import Connection
-
-    class PolicyConnector(aiohttp.TCPConnector):
-        """Judges each request, before one of the open connections is taken for it, too."""
-
-        def __init__(self, policy: Policy, origin: Origin, what: str, **options: Any) -> None:
-            super().__init__(resolver=PolicyResolver(policy, origin, what), **options)
-            self._judge = (policy, origin, what)
-
-        async def connect(self, req: aiohttp.ClientRequest, traces: Any, timeout: Any) -> Connection:
-            policy, origin, what = self._judge
-            if req.proxy is not None:
-                raise Forbidden(f"{what} would be reached through a proxy, which could lead anywhere")
-            policy.check(str(req.url.origin()), origin, what)
-            return await super().connect(req, traces, timeout)
-
-    return PolicyConnector
-
-
-def connector(policy: Policy, origin: Origin, what: str = "the hook", **options: Any) -> aiohttp.TCPConnector:
-    """An aiohttp connector that connects only where `origin` may go; `options` are TCPConnector's.
-
-    It raises Forbidden out of the request: for a forbidden host or address, for each hop of a redirect,
-    for any proxy. Its open connections are lent to whoever uses it, so share it only between origins
-    whose `local` is the same.
-    """
-    made: aiohttp.TCPConnector = _connector_class()(policy, origin, what, **options)
-    return made
-
-
-def session(
-    policy: Policy, origin: Origin, *, timeout: float, limit: int = 256, limit_per_host: int = 32
-) -> aiohttp.ClientSession:
-    """An aiohttp session for messages to hooks: `connector`, no proxies from the environment, no cookies,
-    `timeout` seconds for a whole exchange. Redirects are the request's to refuse: `allow_redirects=False`.
-    """
-    import aiohttp
-
-    return aiohttp.ClientSession(
-        trust_env=False,
-        timeout=aiohttp.ClientTimeout(total=timeout, connect=timeout),
-        connector=connector(policy, origin, limit=limit, limit_per_host=limit_per_host),
-        # Many hooks share a session; what one of them sets is not the others' business.
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )

@@ -19,8 +19,9 @@ import yarl
 from ssrf_corpus import CASES, HTTP, OTHER, OWN, TOKEN, Case
 
 from acomm import egress
-from acomm.egress import PROGRAM, Address, Origin, Policy, PolicyResolver, connector, session
+from acomm.egress import PROGRAM, Address, Origin, Policy
 from acomm.errors import ConfigError, Forbidden
+from acomm.httpegress import PolicyResolver, connector, session
 
 BOTH_LOOPS = True
 NOBODY = 65534

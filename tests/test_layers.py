@@ -27,6 +27,7 @@ ACOMM = {
     "transport": 2,
     "listener": 3,
     "streams": 3,
+    "httpegress": 3,
     "channel": 4,
     "delivery": 5,
     "tracker": 6,
