@@ -29,6 +29,8 @@ from acomm.transport import FrameProtocol
 if TYPE_CHECKING:
     import aiohttp
 
+    from acomm.egress import Origin, Policy
+
 log = logging.getLogger("acomm.channel")
 
 DEFAULT_TIMEOUT = 30.0
@@ -84,17 +86,19 @@ class Outgoing:
 
 
 class Channels:
-    """All the channels of one owner, by URL. Closing it fails what is still under way.
+    """All the channels of one owner, by URL and origin. Closing it fails what is still under way.
 
+    `policy` judges where URLs may lead that come with an origin; those without are the program's own.
     `broken(url)`, if set, is called when a peer has ended a connection that it had granted.
     """
 
-    def __init__(self, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, *, timeout: float = DEFAULT_TIMEOUT, policy: Policy | None = None) -> None:
         self.timeout = timeout
+        self.policy = policy
         self.granting: OrderedDict[str, bool] = OrderedDict()
         self.broken: Callable[[str], None] | None = None
-        self._channels: dict[str, Channel] = {}
-        self._http: aiohttp.ClientSession | None = None
+        self._channels: dict[tuple[str, Origin | None], Channel] = {}
+        self._http: dict[bool | None, aiohttp.ClientSession] = {}
         self.closed = False
 
     def __repr__(self) -> str:
@@ -103,20 +107,28 @@ class Channels:
     def __len__(self) -> int:
         return len(self._channels)
 
-    def post(self, url: str, message: Outgoing) -> None:
-        """Send a message; its `delivered` is told how it went. Raises BadRequest for a URL that nothing
-        can be sent to. Never blocks.
+    def post(self, url: str, message: Outgoing, origin: Origin | None = None) -> None:
+        """Send a message; its `delivered` is told how it went. `origin` is whoever chose the URL, None if
+        it was this program: what the policy forbids is then not connected to, and `delivered` is told
+        Forbidden. Raises BadRequest for a URL that nothing can be sent to. Never blocks.
         """
         if self.closed:
             message.settle(ConnectionLost("the sender is closed"))
             return
-        channel = self._channels.get(url)
+        channel = self._channels.get((url, origin))
         if channel is None:
             urls.check(url, "the URL")
+            if origin is not None and self.policy is None:
+                raise RuntimeError("a URL of another origin needs a policy")
             path = urls.unix_path(url)
-            channel = HttpChannel(self, url) if path is None else UnixChannel(self, url, path)
-            self._channels[url] = channel
+            channel = HttpChannel(self, url, origin) if path is None else UnixChannel(self, url, path, origin)
+            self._channels[url, origin] = channel
         channel.post(message)
+
+    def connected(self, url: str, origin: Origin | None) -> bool:
+        """Whether there is an open connection to `url`, which was judged when it was made."""
+        channel = self._channels.get((url, origin))
+        return isinstance(channel, UnixChannel) and channel.live is not None
 
     async def send(self, url: str, payload: Any, wire: int = 3) -> None:
         """Send a payload and wait for its acknowledgement. Raises its error, or ConnectionLost."""
@@ -137,30 +149,31 @@ class Channels:
         for channel in list(self._channels.values()):
             await channel.close()
         self._channels.clear()
-        if self._http is not None:
-            await self._http.close()
-            self._http = None
+        while self._http:
+            await self._http.popitem()[1].close()
 
-    def http(self) -> aiohttp.ClientSession:
-        if self._http is None:
-            import aiohttp
+    def http(self, origin: Origin | None) -> aiohttp.ClientSession:
+        """The session for URLs of `origin`: one for all origins that may reach the same."""
+        kind = None if origin is None else origin.local
+        if kind not in self._http:
+            self._http[kind] = self._new_session(origin)
+        return self._http[kind]
 
-            self._http = aiohttp.ClientSession(
-                # The environment's proxies and a peer's redirects must not choose where messages go.
-                trust_env=False,
-                timeout=aiohttp.ClientTimeout(total=self.timeout, connect=self.timeout),
-                connector=aiohttp.TCPConnector(limit=256, limit_per_host=32),
-                # Many hooks share a session; what one of them sets is not the others' business.
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self._http
+    def _new_session(self, origin: Origin | None) -> aiohttp.ClientSession:
+        from acomm import httpegress
+        from acomm.egress import Guard
+
+        if origin is None or self.policy is None:
+            return httpegress.session(None, timeout=self.timeout)
+        return httpegress.session(Guard(self.policy, origin), timeout=self.timeout)
 
     def idle(self, channel: Channel) -> None:
         """A channel has nothing under way and no connection: forget it, so that short-lived hooks leave
         nothing behind.
         """
-        if self._channels.get(channel.url) is channel:
-            del self._channels[channel.url]
+        key = channel.url, channel.origin
+        if self._channels.get(key) is channel:
+            del self._channels[key]
 
     def learned(self, url: str, granting: bool) -> None:
         """Remember whether the peer at `url` grants channels."""
@@ -173,9 +186,10 @@ class Channels:
 class Channel:
     """What both kinds share: a URL, the tasks under way, and their end."""
 
-    def __init__(self, owner: Channels, url: str) -> None:
+    def __init__(self, owner: Channels, url: str, origin: Origin | None) -> None:
         self.owner = owner
         self.url = url
+        self.origin = origin
         self.queue: deque[Outgoing] = deque()
         self.tasks: dict[asyncio.Task[AcommError | None], Outgoing] = {}
 
@@ -236,8 +250,8 @@ class Channel:
 class UnixChannel(Channel):
     """Messages to one unix socket."""
 
-    def __init__(self, owner: Channels, url: str, path: str) -> None:
-        super().__init__(owner, url)
+    def __init__(self, owner: Channels, url: str, path: str, origin: Origin | None) -> None:
+        super().__init__(owner, url, origin)
         self.path = path
         self.live: _Pipeline | None = None
         self._undecided: asyncio.TimerHandle | None = None
@@ -279,7 +293,7 @@ class UnixChannel(Channel):
 
     async def exchange(self, message: Outgoing) -> AcommError | None:
         message.sends += 1
-        connection = await _connect(self.path, self.owner.timeout, self)
+        connection = await _connect(self)
         try:
             if message.wire == 1:
                 async with asyncio.timeout(self.owner.timeout):
@@ -423,10 +437,10 @@ class _Pipeline(FrameProtocol):
         self._channel.broken(self, self.take())
 
 
-async def _connect(path: str, timeout: float, channel: UnixChannel) -> _Pipeline:
+async def _connect(channel: UnixChannel) -> _Pipeline:
     loop = asyncio.get_running_loop()
-    async with asyncio.timeout(timeout):
-        sock = await _connected_socket(path)
+    async with asyncio.timeout(channel.owner.timeout):
+        sock = await _connected_socket(channel)
         try:
             _, protocol = await loop.create_unix_connection(lambda: _Pipeline(channel), sock=sock)
         except BaseException:
@@ -435,7 +449,7 @@ async def _connect(path: str, timeout: float, channel: UnixChannel) -> _Pipeline
     return protocol
 
 
-async def _connected_socket(path: str) -> socket.socket:
+async def _connected_socket(channel: UnixChannel) -> socket.socket:
     """Connect, waiting while the peer's queue of connections is full.
 
     The event loops do not: the kernel says EAGAIN then, which asyncio takes for "under way", and
@@ -445,7 +459,11 @@ async def _connected_socket(path: str) -> socket.socket:
     while True:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            sock.connect(path)
+            policy, origin = channel.owner.policy, channel.origin
+            if origin is None or policy is None:
+                sock.connect(channel.path)
+            else:
+                policy.connect_unix(sock, channel.url, origin)
             return sock
         except BlockingIOError:
             sock.close()
@@ -477,7 +495,7 @@ class HttpChannel(Channel):
 
         where = printable(self.url)
         try:
-            async with self.owner.http().post(
+            async with self.owner.http(self.origin).post(
                 self.url,
                 data=message.payload,
                 headers={"Content-Type": "application/json"},

@@ -6,10 +6,14 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from acomm.channel import Channels, Outgoing
-from acomm.errors import AcommError, BadRequest, printable
+from acomm.errors import AcommError, BadRequest, Forbidden, printable
 from acomm.messages import Response, ok_ack
+
+if TYPE_CHECKING:
+    from acomm.egress import Origin
 
 log = logging.getLogger("acomm.delivery")
 
@@ -40,15 +44,24 @@ class Delivery:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def post(self, url: str, response: Response, wire: int, *, extended: bool | None = None) -> None:
+    def post(
+        self,
+        url: str,
+        response: Response,
+        wire: int,
+        *,
+        extended: bool | None = None,
+        origin: Origin | None = None,
+    ) -> None:
         """Deliver `response` to `url` in generation `wire`, with extension keys if `extended` (None: as
-        the response says); returns at once. Raises TypeError for a result that JSON cannot express.
+        the response says); returns at once. `origin` is whoever has chosen the URL, as for Channels. Raises
+        TypeError for a result that JSON cannot express.
         """
         extended = (response.extended if extended is None else extended) and wire > 1
         payload = response.encode(wire, extended=extended)
         self.pending += 1
         self._idle.clear()
-        _Attempt(self, url, payload, wire, extended).send()
+        _Attempt(self, url, payload, wire, extended, origin).send()
 
     async def drained(self) -> None:
         """Wait until nothing is pending."""
@@ -90,14 +103,17 @@ class Delivery:
 
 
 class _Attempt:
-    __slots__ = ("delivery", "extended", "failures", "payload", "since", "timer", "url", "wire")
+    __slots__ = ("delivery", "extended", "failures", "origin", "payload", "since", "timer", "url", "wire")
 
-    def __init__(self, delivery: Delivery, url: str, payload: bytes, wire: int, extended: bool) -> None:
+    def __init__(
+        self, delivery: Delivery, url: str, payload: bytes, wire: int, extended: bool, origin: Origin | None
+    ) -> None:
         self.delivery = delivery
         self.url = url
         self.payload = payload
         self.wire = wire
         self.extended = extended
+        self.origin = origin
         self.failures = 0
         self.since = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
@@ -110,7 +126,7 @@ class _Attempt:
             self.payload, self._done, wire=self.wire, extended=self.extended, expected=_expected[self.wire]
         )
         try:
-            self.delivery.channels.post(self.url, message)
+            self.delivery.channels.post(self.url, message, self.origin)
         except BadRequest as error:
             log.error("no response can be sent to the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)
@@ -124,8 +140,10 @@ class _Attempt:
         self.failures += 1
         first = self.failures == 1 and self.delivery.failed_first(self.url)
         loop = asyncio.get_running_loop()
+        # What the policy forbids, or the hook itself, does not become allowed by asking again.
+        hopeless = isinstance(error, Forbidden)
         too_late = time.monotonic() - self.since > self.delivery.give_up_after
-        if too_late or self.delivery._stopped or self.delivery.channels.closed:
+        if hopeless or too_late or self.delivery._stopped or self.delivery.channels.closed:
             level = logging.ERROR if self.delivery.trouble_ended(self.url) else logging.DEBUG
             log.log(level, "gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)

@@ -348,6 +348,12 @@ class Policy:
         if uid not in origin.owners and not _below(path, self._unix):
             raise self._not_theirs(path, origin, what)
 
+    def connect_unix(self, sock: socket.socket, url: str, origin: Origin, what: str = "the hook") -> None:
+        """Connect `sock` to a unix URL, judging both the file and who listens. Raises Forbidden, OSError."""
+        with self.unix_target(url, origin, what) as target:
+            sock.connect(target)
+        self.check_unix_peer(sock, url, origin, what)
+
     def _open(self, path: str, origin: Origin, what: str) -> int:
         """A descriptor (O_PATH) of the socket at `path` if `origin` may use it. Raises Forbidden, OSError."""
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)

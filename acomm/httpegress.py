@@ -6,7 +6,7 @@ import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from acomm.egress import Origin, Policy
+from acomm.egress import Guard, Origin, Policy
 from acomm.errors import Forbidden
 
 # aiohttp takes longer to import than all of acomm: imported where used.
@@ -83,17 +83,24 @@ def connector(policy: Policy, origin: Origin, what: str = "the hook", **options:
 
 
 def session(
-    policy: Policy, origin: Origin, *, timeout: float, limit: int = 256, limit_per_host: int = 32
+    guard: Guard | None,
+    *,
+    timeout: float,
+    limit: int = 256,
+    limit_per_host: int = 32,
+    what: str = "the hook",
 ) -> aiohttp.ClientSession:
-    """An aiohttp session for messages to hooks: `connector`, no proxies from the environment, no cookies,
-    `timeout` seconds for a whole exchange. Redirects are the request's to refuse: `allow_redirects=False`.
+    """An aiohttp session for messages to hooks, judged by `guard` (None: the program's own URLs): no
+    proxies from the environment, no cookies, `timeout` seconds for a whole exchange. Redirects are the
+    request's to refuse: `allow_redirects=False`.
     """
     import aiohttp
 
+    limits: dict[str, Any] = {"limit": limit, "limit_per_host": limit_per_host}
     return aiohttp.ClientSession(
         trust_env=False,
         timeout=aiohttp.ClientTimeout(total=timeout, connect=timeout),
-        connector=connector(policy, origin, limit=limit, limit_per_host=limit_per_host),
+        connector=aiohttp.TCPConnector(**limits) if guard is None else connector(*guard, what, **limits),
         # Many hooks share a session; what one of them sets is not the others' business.
         cookie_jar=aiohttp.DummyCookieJar(),
     )

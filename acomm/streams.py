@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from acomm import socketpath, urls
 from acomm.deadlines import Deadlines
 from acomm.errors import BadRequest, Busy, ConnectionLost, Forbidden, TooLarge, printable
+from acomm.transport import Done
 
 # aiohttp is for HTTP streams alone, and takes longer to import than all the rest.
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
 
     import aiohttp
     from aiohttp import web
+
+    from acomm.egress import Guard
 
 log = logging.getLogger("acomm.streams")
 
@@ -341,7 +344,7 @@ class UnixStreams:
             f"{self.abandoned} abandoned, {self.broken} broken>"
         )
 
-    async def new_stream_unix(self, source: Source, *, expiry: float = EXPIRY) -> str:
+    def new_stream_unix(self, source: Source, *, expiry: float = EXPIRY) -> Done[str]:
         """The URL of a new unix socket whose first connection gets everything of `source`.
 
         `source` is bytes, a binary file, an iterable or asynchronous iterable of bytes, or an
@@ -352,6 +355,8 @@ class UnixStreams:
 
         A consumer learns that a stream is broken if it is a reader of ours. One that just reads until
         the end, as the original does, cannot be told: it sees a shorter stream.
+
+        It acts at once, on the running event loop; awaiting it is optional.
 
         Raises TypeError for what is no source, Busy when there are too many streams, ConfigError when
         the folder is not fit. The source is then still the caller's to close.
@@ -370,7 +375,7 @@ class UnixStreams:
         bound = socketpath.bind(path, self.mode)
         self._none_open.clear()
         self._streams.add(_UnixStream(self, bound, chunks, expiry))
-        return urls.unix_url(bound.path)
+        return Done(urls.unix_url(bound.path))
 
     async def drained(self) -> None:
         """Wait until no stream is open."""
@@ -567,19 +572,20 @@ async def stream(
     timeout: float | None = SILENCE,
     limit: int | None = None,
     session: aiohttp.ClientSession | None = None,
+    guard: Guard | None = None,
 ) -> int:
     """Copy the stream at `url` into `dest`; the number of bytes.
 
     `dest` is a binary file (written to in a thread, unless it is a BytesIO), an asyncio.StreamWriter, or
     a function, plain or async, that is called with each chunk. It is not closed. What it raises is
-    raised here. `timeout` and `session` are as for `open_stream`.
+    raised here. `timeout`, `session` and `guard` are as for `open_stream`.
 
     Raises ConnectionLost when the stream cannot be had, is broken, or shorter than announced; TooLarge
     when it is longer than `limit` bytes; BadRequest for a URL that is none.
     """
     write = _writer(dest)
     copied = 0
-    async with aclosing(open_stream(url, timeout=timeout, session=session)) as chunks:
+    async with aclosing(open_stream(url, timeout=timeout, session=session, guard=guard)) as chunks:
         async for chunk in chunks:
             copied += len(chunk)
             if limit is not None and copied > limit:
@@ -633,24 +639,30 @@ def _write_all(file: Any, chunk: bytes) -> None:
 
 
 def open_stream(
-    url: str, *, timeout: float | None = SILENCE, session: aiohttp.ClientSession | None = None
+    url: str,
+    *,
+    timeout: float | None = SILENCE,
+    session: aiohttp.ClientSession | None = None,
+    guard: Guard | None = None,
 ) -> AsyncGenerator[bytes, None]:
     """The stream at `url` in chunks, as they come. Close it (`contextlib.aclosing`) if you leave early.
 
     `timeout` is for how many seconds the producer may be silent (None: for ever). HTTP goes through
-    `session` if there is one: whoever must not be led astray by a URL brings one that knows where it may
-    lead. Redirects and the environment's proxies are not followed.
+    `session` if there is one. Redirects and the environment's proxies are not followed. `guard` judges
+    a URL that somebody else has chosen.
 
-    Raises BadRequest at once for a URL that is none; while it is read, ConnectionLost as `stream`.
+    Raises BadRequest at once for a URL that is none; while it is read, ConnectionLost as `stream`, and
+    Forbidden for what the guard does not let through.
     """
     urls.check(url, "the stream URL")
-    path = urls.unix_path(url)
-    return _http_chunks(url, timeout, session) if path is None else _unix_chunks(url, path, timeout)
+    if urls.unix_path(url) is not None:
+        return _unix_chunks(url, timeout, guard)
+    return _http_chunks(url, timeout, session, guard)
 
 
-async def _unix_chunks(url: str, path: str, timeout: float | None) -> AsyncGenerator[bytes, None]:
+async def _unix_chunks(url: str, timeout: float | None, guard: Guard | None) -> AsyncGenerator[bytes, None]:
     loop = asyncio.get_running_loop()
-    with _connected(url, path) as sock:
+    with _connected(url, guard) as sock:
         while True:
             try:
                 async with asyncio.timeout(timeout):
@@ -665,12 +677,17 @@ async def _unix_chunks(url: str, path: str, timeout: float | None) -> AsyncGener
             await asyncio.sleep(0)  # as in _copy
 
 
-def _connected(url: str, path: str) -> socket.socket:
+def _connected(url: str, guard: Guard | None) -> socket.socket:
     """A non-blocking socket. A unix socket connects at once or not at all."""
+    path = urls.unix_path(url)
+    assert path is not None
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         try:
-            sock.connect(path)
+            if guard is None:
+                sock.connect(path)
+            else:
+                guard.policy.connect_unix(sock, url, guard.origin, "the stream URL")
         except OSError as error:
             raise _unreachable(url, error.strerror or error) from None
         if os.path.basename(path).startswith(f"{_KIND}-"):
@@ -685,15 +702,17 @@ def _connected(url: str, path: str) -> socket.socket:
 
 
 async def _http_chunks(
-    url: str, timeout: float | None, session: aiohttp.ClientSession | None
+    url: str, timeout: float | None, session: aiohttp.ClientSession | None, guard: Guard | None
 ) -> AsyncGenerator[bytes, None]:
     import aiohttp
+
+    from acomm import httpegress
 
     limits = aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT, sock_read=timeout)
     async with contextlib.AsyncExitStack() as stack:
         if session is None:
             session = await stack.enter_async_context(
-                aiohttp.ClientSession(trust_env=False, cookie_jar=aiohttp.DummyCookieJar())
+                httpegress.session(guard, timeout=_CONNECT_TIMEOUT, what="the stream URL")
             )
         try:
             reply = await stack.enter_async_context(
@@ -736,19 +755,19 @@ def _silent(url: str) -> ConnectionLost:
 class StreamFile(io.BufferedReader):
     """The stream at `url` as a binary file, for code that may block, such as a task in a worker.
 
-    `timeout` is for how many seconds the producer may be silent (None: for ever). Opening and reading
-    raise what `open_stream` raises. Close it, or use it in `with`.
+    `timeout` is for how many seconds the producer may be silent (None: for ever). `guard` judges a URL
+    that somebody else has chosen. Opening and reading raise what `open_stream` raises. Close it, or use
+    it in `with`.
     """
 
-    def __init__(self, url: str, *, timeout: float | None = SILENCE) -> None:
+    def __init__(self, url: str, *, timeout: float | None = SILENCE, guard: Guard | None = None) -> None:
         urls.check(url, "the stream URL")
-        path = urls.unix_path(url)
-        if path is not None:
-            sock = _connected(url, path)
+        if urls.unix_path(url) is not None:
+            sock = _connected(url, guard)
             sock.settimeout(timeout)
             raw: _Raw = _UnixRaw(url, sock)
         else:
-            raw = _HttpRaw(url, *_http_get(url, timeout))
+            raw = _HttpRaw(url, *_http_get(url, timeout, guard))
         super().__init__(raw, _CHUNK)
 
 
@@ -822,7 +841,7 @@ class _HttpRaw(_Raw):
         super().close()
 
 
-def _http_get(url: str, timeout: float | None) -> tuple[HTTPConnection, HTTPResponse]:
+def _http_get(url: str, timeout: float | None, guard: Guard | None) -> tuple[HTTPConnection, HTTPResponse]:
     from http.client import HTTPConnection, HTTPException, HTTPSConnection
     from urllib.parse import quote, urlsplit
 
@@ -831,13 +850,16 @@ def _http_get(url: str, timeout: float | None) -> tuple[HTTPConnection, HTTPResp
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     connection = kind(parts.hostname, parts.port or kind.default_port, timeout=timeout)
+    if guard is not None:
+        # Where http.client connects is settled here: what the policy has judged is not looked up again.
+        connection._create_connection = _guarded_connection(url, guard)  # type: ignore[attr-defined]
     try:
         connection.request("GET", quote(target, safe=_URL_SAFE), headers={"Connection": "close"})
         reply = connection.getresponse()
         _check_reply(url, reply.status, reply.headers.get("Content-Encoding"))
     except BaseException as error:
         connection.close()
-        if isinstance(error, ConnectionLost):
+        if isinstance(error, ConnectionLost | Forbidden):
             raise
         if isinstance(error, TimeoutError):
             raise _silent(url) from None
@@ -845,6 +867,19 @@ def _http_get(url: str, timeout: float | None) -> tuple[HTTPConnection, HTTPResp
             raise _unreachable(url, error) from None
         raise
     return connection, reply
+
+
+def _guarded_connection(url: str, guard: Guard) -> Callable[..., socket.socket]:
+    def connect(address: object, timeout: float | None, *rest: object) -> socket.socket:
+        failure: OSError | None = None
+        for host, port, _ in guard.policy.resolve_sync(url, guard.origin, "the stream URL"):
+            try:
+                return socket.create_connection((host, port), timeout)
+            except OSError as error:
+                failure = error
+        raise failure or OSError("the host has no address")
+
+    return connect
 
 
 # -- the proxy ----------------------------------------------------------------------------------------
@@ -855,7 +890,8 @@ class StreamProxy:
 
     `base_url` is where `serve` is mounted, as readers reach it. With one `secret` (bytes, at least 16)
     several processes of one host can share the work, though then "once" holds for each of them;
-    by default it is a new one. `clock` is monotonic, in seconds.
+    by default it is a new one. `clock` is monotonic, in seconds. `guard` judges once more where a URL
+    leads when it is used.
 
         proxy = StreamProxy("http://host:8080/stream")
         application.router.add_get("/stream", proxy.serve)
@@ -873,6 +909,7 @@ class StreamProxy:
         timeout: float | None = SILENCE,
         stall: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        guard: Guard | None = None,
     ) -> None:
         urls.check(base_url, "the stream proxy's URL")
         if urls.scheme_of(base_url) not in ("http", "https"):
@@ -884,6 +921,7 @@ class StreamProxy:
         self.stall = stall
         self._secret = os.urandom(32) if secret is None else secret
         self._clock = clock
+        self._guard = guard
         self._used: Deadlines[str] = Deadlines()
 
     def sign(self, url: str, *, lifetime: float = _LIFETIME) -> str:
@@ -947,10 +985,10 @@ class StreamProxy:
             url = self.verify(request.query)
         except Forbidden as error:
             return web.Response(status=403, text=f"{error}\n")
-        async with aclosing(open_stream(url, timeout=self.timeout)) as chunks:
+        async with aclosing(open_stream(url, timeout=self.timeout, guard=self._guard)) as chunks:
             try:
                 first = await anext(chunks, b"")
-            except ConnectionLost as error:
+            except (ConnectionLost, Forbidden) as error:
                 log.warning("a stream cannot be proxied: %s", error)
                 return web.Response(status=502, text="the stream cannot be read\n")
             return await self._pass_on(request, first, chunks)

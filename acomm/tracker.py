@@ -31,18 +31,23 @@ from acomm.errors import (
     AcommError,
     BadRequest,
     CallTimeout,
+    ConfigError,
     Conflict,
     ConnectionLost,
+    Forbidden,
     TaskError,
     printable,
 )
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
 from acomm.transport import Done
-from acomm.urls import unix_path
+from acomm.urls import replace_localhost, unix_path
 
 if TYPE_CHECKING:
-    from acomm.streams import Source, UnixStreams
+    from aiohttp import web
+
+    from acomm.egress import Origin, Policy
+    from acomm.streams import Source, StreamProxy, UnixStreams
 
 log = logging.getLogger("acomm.tracker")
 
@@ -54,6 +59,8 @@ responses that came in time may lie unread: deadlines then move by what was lost
 
 HANDLER_WAIT = 30.0
 """Seconds that a response's way to its hook waits for the request's handler."""
+
+_NO_PROXY = "no answer can come over HTTP here: the tracker has no external_proxy_url"
 
 _response_acks = {
     (wire, extended): ok_ack(b'""', wire, extended) for wire in (2, 3) for extended in (False, True)
@@ -73,12 +80,12 @@ class Answer(Protocol):
 
 
 class Tracked:
-    """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook;
-    `pickled` are handlers that came with it and may be unpickled here. `acknowledged`: it was sent by
-    `post`, and its service has it.
+    """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook, which
+    `origin` has chosen; `pickled` are handlers that came with it and may be unpickled here. `external`:
+    its answer may come over HTTP. `acknowledged`: it was sent by `post`, and its service has it.
     """
 
-    __slots__ = ("acknowledged", "pickled", "proxied", "request", "resolve")
+    __slots__ = ("acknowledged", "external", "origin", "pickled", "proxied", "request", "resolve")
 
     def __init__(
         self,
@@ -86,11 +93,15 @@ class Tracked:
         proxied: bool,
         resolve: Callable[[Response], None] | None,
         pickled: Handlers | None,
+        origin: Origin | None,
+        external: bool,
     ) -> None:
         self.request = request
         self.proxied = proxied
         self.resolve = resolve
         self.pickled = pickled
+        self.origin = origin
+        self.external = external
         self.acknowledged = False
 
 
@@ -99,17 +110,24 @@ class Tracker:
 
     It listens at `socket_path` (None: a private one of its own) for responses; `url` is the hook to
     put into requests. `default_timeout` is in seconds. `wire` is the generation that it speaks first.
-    Handlers that are plain functions run in threads of `executor` (None: the event loop's own).
+    Handlers that are plain functions run in threads of `executor` (None: the event loop's own). `policy`
+    judges the URLs of requests that are tracked with an origin.
+
+    For services beyond this host: `http_stream_url` is where `stream_proxy` is served, and
+    `external_proxy_url` where `handle_external`'s door is, both as those services reach them.
     """
 
     def __init__(
         self,
         socket_path: str | os.PathLike[str] | None = None,
         *,
+        http_stream_url: str | None = None,
+        external_proxy_url: str | None = None,
         default_timeout: float = 60.0,
         wire: int = 3,
         ack_timeout: float = DEFAULT_TIMEOUT,
         executor: Executor | None = None,
+        policy: Policy | None = None,
     ) -> None:
         if not 0 < default_timeout <= math.inf:
             raise ValueError(f"default_timeout must be a positive number of seconds, not {default_timeout}")
@@ -117,7 +135,9 @@ class Tracker:
             raise ValueError(f"wire must be 1, 2 or 3, not {wire!r}")
         self.default_timeout = default_timeout
         self.wire = wire
-        self.channels = Channels(timeout=ack_timeout)
+        self.http_stream_url = http_stream_url
+        self.external_proxy_url = external_proxy_url
+        self.channels = Channels(timeout=ack_timeout, policy=policy)
         self.delivery = Delivery(self.channels)
         self.handler_errors = 0
         self._listener = UnixListener(socket_path, on_message=self._message)
@@ -128,6 +148,7 @@ class Tracker:
         self._timer_due = math.inf  # uvloop's handles do not always know
         self._finishing: set[asyncio.Task[None]] = set()
         self._streams: UnixStreams | None = None
+        self._stream_proxy: StreamProxy | None = None
         self._started = False
         self._unacknowledged = 0
         self._all_acknowledged = asyncio.Event()
@@ -225,10 +246,13 @@ class Tracker:
         proxied: bool = False,
         resolve: Callable[[Response], None] | None = None,
         unpickle: bool = False,
+        origin: Origin | None = None,
+        external: bool = False,
     ) -> None:
         """As `track_request`, for services: `resolve(response)` is told the response after the handlers
-        have run; `proxied` posts it to the request's hook; `unpickle` runs the request's pickled handlers,
-        for whoever has made sure that its sender may run code here.
+        have run; `proxied` posts it to the request's hook, which was chosen by `origin`; `unpickle` runs
+        the request's pickled handlers, for whoever has made sure that its sender may run code here;
+        `external` takes the response from `handle_external`, too.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -236,7 +260,8 @@ class Tracker:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
         if request.id in self._table:
             raise Conflict(f"the request id {printable(request.id)} is already tracked")
-        self._table[request.id] = Tracked(request, proxied, resolve, request.handlers if unpickle else None)
+        pickled = request.handlers if unpickle else None
+        self._table[request.id] = Tracked(request, proxied, resolve, pickled, origin, external)
         self._empty.clear()
         if timeout != math.inf:
             when = asyncio.get_running_loop().time() + timeout
@@ -353,15 +378,32 @@ class Tracker:
                 log.exception("what waited for the response %s failed", printable(response.id))
         if entry.proxied and request.response_hook is not None:
             try:
-                self._deliver(request, response)
+                self._deliver(entry, self._within_reach(request.response_hook, response))
             except TypeError as error:
                 log.error("the result of task %s cannot be sent: %s", printable(request.task), error)
-                self._deliver(request, Response(request.id, error=TaskError(str(error))))
+                self._deliver(entry, Response(request.id, error=TaskError(str(error))))
 
-    def _deliver(self, request: Request, response: Response) -> None:
+    def _deliver(self, entry: Tracked, response: Response) -> None:
+        request = entry.request
         assert request.response_hook is not None
         # Whether to say more is for the one who asked, not for the one who answered.
-        self.delivery.post(request.response_hook, response, request.wire, extended=request.extended)
+        self.delivery.post(
+            request.response_hook,
+            response,
+            request.wire,
+            extended=request.extended,
+            origin=entry.origin,
+        )
+
+    def _within_reach(self, hook: str, response: Response) -> Response:
+        """The response with a stream that its hook can read: over HTTP no unix socket is."""
+        url = response.stream_url
+        if url is None or unix_path(url) is None or unix_path(hook) is not None:
+            return response
+        try:
+            return msgspec.structs.replace(response, stream_url=self.proxy_stream_http_url(url))
+        except AcommError as error:
+            return Response(response.id, error=error, extended=response.extended)
 
     def _message(self, conn: Connection, data: bytes) -> None:
         """A response has come in at our socket: acknowledge it, then settle it."""
@@ -379,9 +421,10 @@ class Tracker:
 
     # -- streams ------------------------------------------------------------------------------------
 
-    async def new_stream_unix(self, source: Source) -> str:
+    def new_stream_unix(self, source: Source, *, expiry: float = 60.0) -> Done[str]:
         """The URL of a new unix socket whose first reader gets everything of `source`: bytes, a file, or an
-        iterable or async iterable of bytes. It expires after a minute without one. Raises Busy.
+        iterable or async iterable of bytes. It expires after `expiry` seconds without one. It acts at
+        once; awaiting it is optional. Raises Busy.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -389,20 +432,140 @@ class Tracker:
             from acomm.streams import UnixStreams  # most trackers have none
 
             self._streams = UnixStreams()
-        return await self._streams.new_stream_unix(source)
+        return self._streams.new_stream_unix(source, expiry=expiry)
+
+    @property
+    def stream_proxy(self) -> StreamProxy:
+        """What serves our streams over HTTP, at `http_stream_url`. Raises ConfigError without one."""
+        if self._stream_proxy is None:
+            if self.http_stream_url is None:
+                raise ConfigError("no stream can be read over HTTP here: the tracker has no http_stream_url")
+            from acomm.egress import PROGRAM, Guard
+            from acomm.streams import StreamProxy
+
+            policy = self.channels.policy
+            guard = None if policy is None else Guard(policy, PROGRAM)
+            self._stream_proxy = StreamProxy(self.http_stream_url, guard=guard)
+        return self._stream_proxy
+
+    def proxy_stream_http_url(self, url: str) -> str:
+        """A URL that gives the stream at `url` over HTTP, once and to whoever has it. Raises ConfigError
+        when this tracker serves none, BadRequest for a URL that is none.
+        """
+        return self.stream_proxy.sign(url)
 
     # -- requests -----------------------------------------------------------------------------------
 
     async def proxy_unix(self, request: Request, timeout: float | None = None) -> Request:
-        """A request for local services, whose answer comes back through this tracker.
+        """A request for local services, whose answer comes back through this tracker, and whose stream is
+        read through it.
 
-        A request with a unix hook is returned as it is. Else it is tracked, and the request returned
-        is the same with our own hook; the response is then passed on to the original hook.
+        What is a unix URL already stays as it is. Any other hook is replaced by our own, and the request
+        tracked; the response is then passed on to the original hook. Any other stream is read when the
+        service asks for it.
         """
+        if request.stream_url is not None and unix_path(request.stream_url) is None:
+            request = self._with_unix_stream(request, None, timeout or self.default_timeout)
         if request.response_hook is None or unix_path(request.response_hook) is not None:
             return request
         self.track(request, self.default_timeout if timeout is None else timeout, proxied=True)
         return msgspec.structs.replace(request, response_hook=self.url, on_success=None, on_error=None)
+
+    async def proxy_external(self, request: Request, timeout: float | None = None) -> Request:
+        """A request for services beyond this host: tracked here, and returned as what to send to them.
+
+        Its hook is `external_proxy_url`; a stream at a unix socket is read through `stream_proxy`. The
+        response is passed on to the original hook. Raises ConfigError when one of the two is needed
+        and not set.
+        """
+        external = self._external(request)
+        timeout = self.default_timeout if timeout is None else timeout
+        self.track(request, timeout, proxied=True, external=True)
+        return external
+
+    def _external(self, request: Request) -> Request:
+        if self.external_proxy_url is None:
+            raise ConfigError(_NO_PROXY)
+        stream = request.stream_url
+        if stream is not None and unix_path(stream) is not None:
+            stream = self.proxy_stream_http_url(stream)
+        return _for_the_next(request, self.external_proxy_url, stream)
+
+    def _with_unix_stream(self, request: Request, origin: Origin | None, expiry: float) -> Request:
+        from acomm.egress import Guard
+        from acomm.streams import open_stream
+
+        assert request.stream_url is not None
+        policy = self.channels.policy
+        guard = None if policy is None or origin is None else Guard(policy, origin)
+        source = open_stream(request.stream_url, guard=guard)
+        return msgspec.structs.replace(request, stream_url=self.new_stream_unix(source, expiry=expiry).result)
+
+    def forward(
+        self,
+        request: Request,
+        timeout: float,
+        *,
+        origin: Origin | None = None,
+        resolve: Callable[[Response], None] | None = None,
+    ) -> None:
+        """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
+        `resolve`. `origin` is whoever has chosen the URLs. What goes wrong, and the service's refusal, is
+        the answer. Raises Conflict, and ConfigError when HTTP is needed and not set up.
+
+        Hook and stream of the request are replaced by our own: the next service judges them by who we are.
+        """
+        url = request.task_url
+        assert url is not None
+        external = unix_path(url) is None
+        if external and self.external_proxy_url is None:
+            raise ConfigError(_NO_PROXY)
+        self.track(request, timeout, proxied=True, resolve=resolve, origin=origin, external=external)
+        try:
+            through = request
+            if request.stream_url is not None:
+                through = self._with_unix_stream(request, origin, timeout)
+            if external:
+                outgoing = self._external(through)
+            else:
+                outgoing = _for_the_next(through, self.url, through.stream_url)
+        except AcommError as error:
+            # Not before we return: whoever called may have to note first that there is a request.
+            answer = Response(request.id, error=error)
+            asyncio.get_running_loop().call_soon(self.settle, answer)
+            return
+
+        def acknowledged(error: AcommError | None) -> None:
+            if error is not None:
+                self.settle(Response(request.id, error=error))
+
+        payload = outgoing.encode(3, extended=True)
+        self.channels.post(url, Outgoing(payload, acknowledged, wire=3, extended=True), origin)
+
+    def handle_external(self, data: bytes, address: str | None = None) -> bytes:
+        """A response from beyond this host, as its JSON: settles the request that was sent there, and
+        returns the acknowledgement. `address` is the peer's, for streams that it calls "localhost".
+
+        Only requests of `proxy_external` and `forward` are answered from outside. Whether there was one is
+        not told, as the id may be a guess.
+        """
+        try:
+            response = Response.decode(data)
+        except BadRequest as error:
+            return Response("", error=error).encode(3)
+        entry = self._table.get(response.id)
+        if entry is not None and entry.external:
+            self.settle(_from_outside(response, address))
+        else:
+            log.debug("an answer from outside to the request %s is not awaited", printable(response.id))
+        return _response_acks[2 if b'"stream_url"' in data else 3, response.extended]
+
+    async def external_handler(self, request: web.Request) -> web.Response:
+        """`handle_external` as a handler of aiohttp's, to be mounted at `external_proxy_url`."""
+        from aiohttp import web
+
+        ack = self.handle_external(await request.read(), request.remote)
+        return web.Response(body=ack, content_type="application/json")
 
     async def call(self, url: str, request: Request, timeout: float | None = None) -> Response:
         """Send `request` to the service at `url` and wait for its response.
@@ -465,3 +628,29 @@ class Tracker:
     async def acknowledged(self) -> None:
         """Wait until every request that was sent has been acknowledged or has failed."""
         await self._all_acknowledged.wait()
+
+
+def _for_the_next(request: Request, hook: str, stream: str | None) -> Request:
+    """The request as it is sent on: what is ours to do, with it or its answer, stays here."""
+    return msgspec.structs.replace(
+        request,
+        response_hook=hook,
+        stream_url=stream,
+        task_url=None,
+        on_success=None,
+        on_error=None,
+        handlers=None,
+    )
+
+
+def _from_outside(response: Response, address: str | None) -> Response:
+    """An answer as it may be passed on: from beyond this host nobody can tell us of its unix sockets."""
+    url = response.stream_url
+    if url is None:
+        return response
+    if unix_path(url) is not None:
+        error = Forbidden("the service has answered with a stream at a unix socket, over HTTP")
+        return Response(response.id, error=error, extended=response.extended)
+    if address is not None:
+        url = replace_localhost(url, address)
+    return msgspec.structs.replace(response, stream_url=url)

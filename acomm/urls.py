@@ -32,6 +32,7 @@ MAX_UNIX_PATH = 107
 _MAX_CACHED = 1024
 _go_path_safe = "/$&+,:;=@!~*'()"  # what Go's EscapedPath leaves alone, besides letters and digits
 _plain_unix_path = re.compile(r"[A-Za-z0-9/._~$&+,:;=@-]*")
+_loopback = re.compile(r"127(?:\.\d{1,3}){3}", re.ASCII)
 _empty: dict[str, Any] = {
     "Scheme": "",
     "Opaque": "",
@@ -86,6 +87,29 @@ def check(url: str, what: str) -> None:
         raise BadRequest(f"{what} has no host: {printable(url)}")
     if parts.username is not None or parts.password is not None:
         raise BadRequest(f"{what} holds credentials, which do not travel in a Go URL object")
+
+
+def replace_localhost(url: str, address: str) -> str:
+    """The URL that somebody at the IP `address` means: in his mouth "localhost", 127.x.x.x, ::1 or no host
+    at all is his own host. The port stays. Any other URL, and a unix one, is returned as it is.
+    """
+    if unix_path(url) is not None:
+        return url
+    scheme, _, rest = url.partition("://")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    host, port = _host_of(authority)
+    if host and host.lower() != "localhost" and host != "[::1]" and not _loopback.fullmatch(host):
+        return url
+    named = f"[{address}]" if ":" in address else address
+    return f"{scheme}://{named}{port}{rest[len(authority) :]}"
+
+
+def _host_of(authority: str) -> tuple[str, str]:
+    """Host and `:port` of an authority, the port empty if there is none."""
+    host, colon, port = authority.rpartition(":")
+    if not colon or port.endswith("]"):
+        return authority, ""
+    return host, colon + port
 
 
 def _split(url: str, what: str) -> SplitResult:

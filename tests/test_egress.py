@@ -19,7 +19,7 @@ import yarl
 from ssrf_corpus import CASES, HTTP, OTHER, OWN, TOKEN, Case
 
 from acomm import egress
-from acomm.egress import PROGRAM, Address, Origin, Policy
+from acomm.egress import PROGRAM, Address, Guard, Origin, Policy
 from acomm.errors import ConfigError, Forbidden
 from acomm.httpegress import PolicyResolver, connector, session
 
@@ -146,7 +146,7 @@ async def posted(case: Case, names: Names, *, judged: bool) -> Wire:
     names.asked.clear()
     names.answers = {_host(case.url): [case.answers]} if case.answers else {}
     with watched(sealed=True) as wire:
-        async with session(policy, case.origin, timeout=5) as client:
+        async with session(Guard(policy, case.origin), timeout=5) as client:
             with contextlib.suppress(Forbidden, aiohttp.ClientError, ValueError):
                 if judged:
                     policy.check(case.url, case.origin)
@@ -253,7 +253,7 @@ async def forbidden(allowed: Server) -> AsyncIterator[Server]:
 async def test_a_message_reaches_an_allowed_address(allowed: Server, forbidden: Server) -> None:
     policy = Policy((f"127.0.0.1:{allowed.port}",))
     with watched() as wire:
-        async with session(policy, OTHER, timeout=5) as client:
+        async with session(Guard(policy, OTHER), timeout=5) as client:
             async with client.post(f"http://127.0.0.1:{allowed.port}/", data=b"x") as reply:
                 assert await reply.text() == "ok"
             with pytest.raises(Forbidden, match=r"127\.0\.0\.2 \(loopback\)"):
@@ -268,7 +268,7 @@ async def test_a_redirect_does_not_lead_to_a_forbidden_address(status: int, forb
     async with redirect(status, target).at("127.0.0.1") as hook:
         policy = Policy((f"127.0.0.1:{hook.port}",))
         with watched() as wire:
-            async with session(policy, OTHER, timeout=5) as client:
+            async with session(Guard(policy, OTHER), timeout=5) as client:
                 url = f"http://127.0.0.1:{hook.port}/"
                 async with client.post(url, data=b"x", allow_redirects=False) as reply:
                     assert reply.status == status
@@ -285,12 +285,12 @@ async def test_a_name_that_rebinds_is_connected_to_where_it_was_judged(
     policy = Policy((f"127.0.0.1:{allowed.port}",))
     url = f"http://rebind.example:{allowed.port}/"
     with watched() as wire:
-        async with session(policy, OTHER, timeout=5) as client:
+        async with session(Guard(policy, OTHER), timeout=5) as client:
             async with client.post(url, data=b"x") as reply:
                 assert await reply.text() == "ok"
         assert names.asked == ["rebind.example"]
         # The next session asks again, and does not go where the second answer leads.
-        async with session(policy, OTHER, timeout=5) as client:
+        async with session(Guard(policy, OTHER), timeout=5) as client:
             with pytest.raises(Forbidden, match=r"rebind\.example at 127\.0\.0\.2"):
                 await client.post(url, data=b"x")
     assert wire.connects == [("127.0.0.1", allowed.port)]
@@ -301,7 +301,7 @@ async def test_a_name_with_one_forbidden_address_is_not_tried_at_the_others(
     allowed: Server, forbidden: Server, names: Names
 ) -> None:
     names.answers["mixed.example"] = [("127.0.0.1", "127.0.0.2")]
-    async with session(Policy((f"127.0.0.1:{allowed.port}",)), OTHER, timeout=5) as client:
+    async with session(Guard(Policy((f"127.0.0.1:{allowed.port}",)), OTHER), timeout=5) as client:
         with pytest.raises(Forbidden):
             await client.post(f"http://mixed.example:{allowed.port}/", data=b"x")
     assert allowed.connections == 0
@@ -329,7 +329,7 @@ async def test_the_environments_proxy_is_not_used(
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     url = f"http://127.0.0.1:{allowed.port}/"
-    async with session(Policy(), OWN, timeout=5) as client:
+    async with session(Guard(Policy(), OWN), timeout=5) as client:
         async with client.post(url, data=b"x") as reply:
             assert await reply.text() == "ok"
     async with aiohttp.ClientSession(connector=connector(Policy(), OWN), trust_env=True) as client:
@@ -340,7 +340,7 @@ async def test_the_environments_proxy_is_not_used(
 async def test_a_name_that_does_not_resolve_is_a_failure_and_no_refusal(names: Names) -> None:
     with pytest.raises(socket.gaierror):
         await Policy().resolve("http://missing.example/", OTHER)
-    async with session(Policy(), OTHER, timeout=5) as client:
+    async with session(Guard(Policy(), OTHER), timeout=5) as client:
         with pytest.raises(aiohttp.ClientConnectorDNSError):
             await client.post("http://missing.example/", data=b"x")
     names.answers["nowhere.example"] = [()]

@@ -26,7 +26,7 @@ ACOMM = {
     "socketpath": 2,
     "transport": 2,
     "listener": 3,
-    "streams": 3,
+    "streams": 4,
     "httpegress": 3,
     "channel": 4,
     "delivery": 5,

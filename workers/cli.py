@@ -77,9 +77,21 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     "--allow-uid", type=int, multiple=True, metavar="UID", help="Who may connect, besides you and root."
 )
 @click.option("--allow-group", type=int, multiple=True, metavar="GID", help="Groups that may connect.")
+@click.option(
+    "--allow-hook",
+    multiple=True,
+    metavar="HOST[:PORT]|CIDR[:PORT]|unix:PATH",
+    help="Where hooks and streams of requests may lead, besides the public internet.",
+)
 @click.option("--max-frame", type=int, metavar="BYTES", help="The largest message.  [default: 64 MiB]")
 @click.option(
     "--drain-timeout", type=float, metavar="SECONDS", help="Time to finish at SIGTERM.  [default: 10]"
+)
+@click.option(
+    "--forward-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="For requests passed on to other services that bring no timeout.  [default: 600]",
 )
 @click.option(
     "--config", "file", metavar="FILE", help="Settings in TOML; options and ACOMM_* come before them."
@@ -91,6 +103,7 @@ def serve(
     modules: tuple[str, ...],
     allow_uid: tuple[int, ...],
     allow_group: tuple[int, ...],
+    allow_hook: tuple[str, ...],
     file: str | None,
     log_level: str,
     until_eof: bool,
@@ -102,7 +115,12 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    lists = {"modules": modules or None, "allow_uid": allow_uid or None, "allow_gid": allow_group or None}
+    lists = {
+        "modules": modules or None,
+        "allow_uid": allow_uid or None,
+        "allow_gid": allow_group or None,
+        "allow_hook": allow_hook or None,
+    }
     config = Config.load({**given, **lists}, file=file)
     Supervisor(config=config).run(_announce, until_eof=until_eof)
 

@@ -30,7 +30,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The settings of a supervisor.
 
     `workers` processes (default: the processors that we may use); `socket` is a path; `allow_uid` and
-    `allow_gid` may connect besides us and root; `max_frame` in bytes; `drain_timeout` in seconds.
+    `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and streams may lead
+    besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds, and so is
+    `forward_timeout`, for requests to other services that bring no timeout of their own.
     """
 
     modules: tuple[str, ...] = ()
@@ -38,8 +40,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     socket: str = msgspec.field(default_factory=default_socket)
     allow_uid: tuple[Uid, ...] = ()
     allow_gid: tuple[Uid, ...] = ()
+    allow_hook: tuple[str, ...] = ()
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
     drain_timeout: Seconds = 10.0
+    forward_timeout: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 600.0
 
     @classmethod
     def load(

@@ -53,8 +53,11 @@ def _start(config: Config, notify: Path) -> subprocess.Popen[bytes]:
     command += ["--max-frame", str(config.max_frame), "--drain-timeout", str(config.drain_timeout)]
     for uid in config.allow_uid:
         command += ["--allow-uid", str(uid)]
+    command += ["--forward-timeout", str(config.forward_timeout)]
     for gid in config.allow_gid:
         command += ["--allow-group", str(gid)]
+    for rule in config.allow_hook:
+        command += ["--allow-hook", rule]
     # The modules are found there as they would be here.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(

@@ -29,12 +29,13 @@ from typing import Any
 import msgspec
 
 from acomm import handlers
-from acomm.egress import Origin
+from acomm.egress import Origin, Policy
 from acomm.errors import AcommError
 from acomm.jsontext import parse
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.tracker import Tracker
+from acomm.urls import unix_path
 from workers.calls import Call, Outcome
 from workers.config import Config
 from workers.errors import (
@@ -61,6 +62,10 @@ LAST_POSTS = 1.0
 
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
+
+_ADMITTED_FOR = 1.0
+_MAX_ADMITTED = 4096
+"""Seconds, and URLs, for which a URL that the policy has let pass is not looked at again."""
 
 _INTERNAL = "the supervisor failed at this request; its log tells why"
 
@@ -94,7 +99,8 @@ class Supervisor:
             max_result=self.config.max_frame - 512,
         )
         self._executor = HandlerThreads()
-        self.tracker = Tracker(executor=self._executor)
+        self.policy = Policy(self.config.allow_hook)
+        self.tracker = Tracker(executor=self._executor, policy=self.policy)
         self.listener = UnixListener(
             self.config.socket,
             mode=self.config.socket_mode,
@@ -106,6 +112,8 @@ class Supervisor:
         self.draining = False
         self._recent = Recent()
         self._calls: dict[str, Call] = {}
+        self._forwarded: set[str] = set()
+        self._admitted: dict[tuple[str, Origin], float] = {}
         self._verbs: dict[str, Callable[[Any], Any]] = {
             "acomm.tasks": self._tasks_verb,
             "acomm.stats": self._stats_verb,
@@ -187,12 +195,15 @@ class Supervisor:
         self.draining = True
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
-        if self._calls and drain_timeout > 0:
+        if (self._calls or self._forwarded) and drain_timeout > 0:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
         for id in list(self._calls):
             self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
+        for id in list(self._forwarded):
+            error = ShuttingDown("the supervisor stopped before the other service answered")
+            self.tracker.settle(Response(id, error=error))
         deadline = max(deadline, self._loop.time() + LAST_POSTS)
         await self.tracker.finish(deadline - self._loop.time() - LAST_POSTS / 2)
         with contextlib.suppress(TimeoutError):
@@ -291,49 +302,55 @@ class Supervisor:
     def _message(self, conn: Connection, data: bytes) -> None:
         """A message at the unix socket: accept it and acknowledge, or refuse."""
         raw = conn.raw
+        origin = Origin.unix(conn.peer.uid)
         try:
             request = Request.decode(data, raw=raw)
         except BadRequest as error:
             self._counts[error.code] += 1
             id, wire, extended, hook = salvage(data, raw=raw)
-            self._refuse(conn, Request("?", id=id, response_hook=hook, wire=wire, extended=extended), error)
+            request = Request("?", id=id, response_hook=hook, wire=wire, extended=extended)
+            self._refuse(conn, request, origin, error)
             return
         try:
-            self.accept(request, Origin.unix(conn.peer.uid))
+            self.accept(request, origin)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
                 error = AcommError(_INTERNAL)
             self._counts[error.code] += 1
-            self._refuse(conn, request, error)
+            self._refuse(conn, request, origin, error)
             return
         if not raw:
             ack = ok_ack(_quote(request.id), request.wire, request.extended)
             conn.acknowledge(ack, grants=request.extended)
 
-    def _refuse(self, conn: Connection, request: Request, error: AcommError) -> None:
+    def _refuse(self, conn: Connection, request: Request, origin: Origin, error: AcommError) -> None:
         response = Response(request.id, error=error, extended=request.extended)
         if not conn.raw:
             ack = response.encode(request.wire, extended=request.extended)
             conn.acknowledge(ack, grants=request.extended)
         elif request.response_hook is not None:
             # Generation 1 has no acknowledgement: its refusal is the answer.
-            self.tracker.delivery.post(request.response_hook, response, request.wire)
+            self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
 
     def accept(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
         """Take a request of `origin`: afterwards it will be answered, at its hook and by `resolve(response)`.
         Raises the AcommError of its refusal, in which case nothing was done.
         """
+        self._check_urls(request, origin)
         if request.task.startswith(RESERVED):
-            self._answer_verb(request, resolve)
+            self._answer_verb(request, origin, resolve)
             return
         content = digest(request)
         known = self._recent.known(request.id, time.monotonic())
         if known is not None:
-            self._repeated(request, known == content, resolve)
+            self._repeated(request, known == content, origin, resolve)
             return
         if self.draining:
             raise ShuttingDown("the supervisor is stopping")
+        if request.task_url is not None and request.task_url != self.url:
+            self._forward(request, content, origin, resolve)
+            return
         task = self._task(request.task)
         self._check_handlers(request, origin)
         task.check_args(request.args)
@@ -341,13 +358,54 @@ class Supervisor:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
         call = _call(request, task)
         self.pool.submit(call)
-        self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True)
+        self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
         self._recent.begin(request.id, content)
         self._calls[request.id] = call
         self._counts["accepted"] += 1
         if not self._drive_due:
             self._drive_due = True
             self._loop.call_soon(self._drive)
+
+    def _check_urls(self, request: Request, origin: Origin) -> None:
+        """Refuse what the policy does not let `origin` name. It is asked again when we connect; here it is
+        so that the requester learns of it, and what has passed a moment ago passes.
+        """
+        for what, url in (
+            ("the hook", request.response_hook),
+            ("the task URL", request.task_url),
+            ("the stream URL", request.stream_url),
+        ):
+            if url is None or self.tracker.channels.connected(url, origin):
+                continue
+            now = time.monotonic()
+            if self._admitted.get((url, origin), 0.0) < now:
+                self.policy.admit(url, origin, what)
+                if len(self._admitted) >= _MAX_ADMITTED:
+                    self._admitted.clear()
+                self._admitted[url, origin] = now + _ADMITTED_FOR
+
+    def _forward(self, request: Request, content: int, origin: Origin, resolve: Resolve | None) -> None:
+        """Have the service at the request's task URL do it; the answer comes through us."""
+        if request.handlers is not None:
+            raise BadRequest("a request for another service cannot bring handlers")
+        if request.response_hook is None and resolve is None:
+            raise BadRequest("a request for another service needs a response hook")
+        if unix_path(request.task_url or "") is None and self.tracker.external_proxy_url is None:
+            raise BadRequest(
+                "a task URL over HTTP needs a supervisor with --http, where the answer can come in"
+            )
+
+        def answered(response: Response) -> None:
+            self._forwarded.discard(request.id)
+            self._finished(response)
+            if resolve is not None:
+                resolve(response)
+
+        timeout = self.config.forward_timeout if request.timeout is None else request.timeout
+        self.tracker.forward(request, timeout, origin=origin, resolve=answered)
+        self._forwarded.add(request.id)
+        self._recent.begin(request.id, content)
+        self._counts["forwarded"] += 1
 
     def _task(self, name: str) -> Task[..., Any]:
         task = self.registry.get(name)
@@ -364,7 +422,7 @@ class Supervisor:
             raise Forbidden("handlers are taken from the supervisor's own user only")
         handlers.check_versions(request.handlers.python, request.handlers.dill)
 
-    def _repeated(self, request: Request, same: bool, resolve: Resolve | None) -> None:
+    def _repeated(self, request: Request, same: bool, origin: Origin, resolve: Resolve | None) -> None:
         """An id that was seen before: acknowledged again if it is the same request, else a conflict."""
         answer = self._recent.answer(request.id)
         if not same or (resolve is not None and answer is None):
@@ -374,7 +432,7 @@ class Supervisor:
             resolve(answer)
         if answer is not None and request.response_hook is not None:
             answer = msgspec.structs.replace(answer, extended=request.extended)
-            self.tracker.delivery.post(request.response_hook, answer, request.wire)
+            self.tracker.delivery.post(request.response_hook, answer, request.wire, origin=origin)
 
     # -- outcomes -----------------------------------------------------------------------------------
 
@@ -421,18 +479,22 @@ class Supervisor:
     def _end(self, id: str, response: Response) -> None:
         if self._calls.pop(id, None) is None:
             return
-        if not self._calls and self._idle is not None:
-            self._idle.set()
-        self._counts["ok" if response.error is None else response.error.code] += 1
         try:
-            self._recent.finish(response, time.monotonic())
+            self._finished(response)
             self.tracker.settle(response)
         except Exception:
             log.exception("the answer to the request %s could not be passed on", printable(id))
 
+    def _finished(self, response: Response) -> None:
+        """A request has its answer."""
+        if not self._calls and not self._forwarded and self._idle is not None:
+            self._idle.set()
+        self._counts["ok" if response.error is None else response.error.code] += 1
+        self._recent.finish(response, time.monotonic())
+
     # -- control verbs ------------------------------------------------------------------------------
 
-    def _answer_verb(self, request: Request, resolve: Resolve | None) -> None:
+    def _answer_verb(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
         verb = self._verbs.get(request.task)
         if verb is None:
             raise UnknownTask(f"no task {printable(request.task)}; known: {', '.join(sorted(self._verbs))}")
@@ -441,7 +503,7 @@ class Supervisor:
         if resolve is not None:
             resolve(response)
         if request.response_hook is not None:
-            self.tracker.delivery.post(request.response_hook, response, request.wire)
+            self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
 
     def _tasks_verb(self, request: Request) -> list[dict[str, Any]]:
         return self.registry.schemas()
@@ -475,6 +537,7 @@ class Supervisor:
             "state": "draining" if self.draining else "serving" if self.pool.healthy else "unhealthy",
             "counts": dict(self._counts),
             "tracked": self.tracker.num_requests,
+            "forwarded": len(self._forwarded),
             "queued": calls.queued,
             "assigned": calls.assigned,
             "connections": self.listener.connections,
