@@ -494,6 +494,8 @@ class HttpChannel(Channel):
         import aiohttp
 
         where = printable(self.url)
+        if self.origin is not None and self.owner.policy is not None:
+            self.owner.policy.check(self.url, self.origin)  # as it stands: aiohttp reads some kindly
         try:
             async with self.owner.http(self.origin).post(
                 self.url,

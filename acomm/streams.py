@@ -708,6 +708,8 @@ async def _http_chunks(
 
     from acomm import httpegress
 
+    if guard is not None:
+        guard.policy.check(url, guard.origin, "the stream URL")  # as it stands: aiohttp reads some kindly
     limits = aiohttp.ClientTimeout(total=None, connect=_CONNECT_TIMEOUT, sock_read=timeout)
     async with contextlib.AsyncExitStack() as stack:
         if session is None:
@@ -845,11 +847,16 @@ def _http_get(url: str, timeout: float | None, guard: Guard | None) -> tuple[HTT
     from http.client import HTTPConnection, HTTPException, HTTPSConnection
     from urllib.parse import quote, urlsplit
 
+    if guard is not None:
+        guard.policy.check(url, guard.origin, "the stream URL")
     parts = urlsplit(url)
     assert parts.hostname is not None  # urls.check has seen to it
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection = kind(parts.hostname, parts.port or kind.default_port, timeout=timeout)
+    try:
+        connection = kind(parts.hostname, parts.port or kind.default_port, timeout=timeout)
+    except HTTPException as error:  # a host that it does not like
+        raise _unreachable(url, error) from None
     if guard is not None:
         # Where http.client connects is settled here: what the policy has judged is not looked up again.
         connection._create_connection = _guarded_connection(url, guard)  # type: ignore[attr-defined]
