@@ -107,6 +107,12 @@ def _rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
     return [*contenders[by:], *contenders[:by]]
 
 
+def percentiles(seconds: Sequence[float]) -> Figures:
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return {"µs p50": 1e6 * ordered[last // 2], "µs p99": 1e6 * ordered[round(last * 0.99)]}
+
+
 class Line(NamedTuple):
     """A line of the table. `ratios` holds, for one of ours, each baseline's name and ours / theirs."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +18,9 @@ import zmq
 
 from acomm import Request, Tracker
 from acomm.client import Client
-from benchmarks import floor
-from benchmarks.harness import Contender, Figures, Row
+from acomm.urls import unix_path
+from benchmarks import floor, hooks, strangers
+from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
 from workers import launch
@@ -143,12 +144,6 @@ def future_latency(call: Callable[[int], Any], calls: int) -> Figures:
     return percentiles([timed(value) for value in range(calls)])
 
 
-def percentiles(seconds: Sequence[float]) -> Figures:
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return {"µs p50": 1e6 * ordered[last // 2], "µs p99": 1e6 * ordered[round(last * 0.99)]}
-
-
 # -- the rows -----------------------------------------------------------------------------------------
 
 
@@ -177,10 +172,35 @@ def _latency() -> Iterator[list[Contender]]:
         ]
 
 
+@contextmanager
+def _strangers() -> Iterator[list[Contender]]:
+    with launch("benchmarks.tasks", workers=WORKERS) as client, serving(strangers.serve) as floor_path:
+        path = unix_path(client.url)
+        assert path is not None
+        yield [
+            Contender("a connection a message", partial(strangers.rate, path), ours=True),
+            Contender("Tracker.call", partial(tracker_rate, client.url), ours=True),
+            Contender("bare server, as strangers", partial(strangers.rate, floor_path)),
+        ]
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Contender]]:
+    with launch("benchmarks.tasks", workers=WORKERS) as client:
+        yield [
+            Contender(
+                "one hook unreachable", partial(hooks.measure, client.url, unreachable=True), ours=True
+            ),
+            Contender("all hooks there", partial(hooks.measure, client.url, unreachable=False)),
+        ]
+
+
 ROWS = {
     row.name: row
     for row in (
         Row("socket", "calls/s of a tiny task, by how many are in flight", _socket, (1, 16, 64, 256)),
         Row("latency", "round trip of one call at a time", _latency, (1,), calls=2000),
+        Row("strangers", "calls/s by programs that open a connection a message", _strangers, (1, 16, 64)),
+        Row("hooks", "99 good hooks, beside one that takes nothing", _hooks, (64,), seconds=2.0),
     )
 }
