@@ -225,7 +225,8 @@ async def test_a_peer_that_always_breaks_is_not_tried_for_ever(tmp_path: Path) -
 
 async def test_a_granting_peer_that_became_a_plain_one(tmp_path: Path) -> None:
     async with channels() as out, asyncio.timeout(WAIT):
-        for kind, connections in ((GrantingPeer, 1), (GoPeer, 10), (GrantingPeer, 1)):
+        # A peer that has granted nothing learns of the wish to with each message, on that one's connection.
+        for kind, connections in ((GrantingPeer, 1), (GoPeer, 10), (GrantingPeer, 2)):
             with kind(tmp_path / "s.sock") as peer:
                 for number in range(10):
                     await out.send(peer.url, Request("t", id=f"{number}"))
