@@ -30,9 +30,11 @@ def runtime_folder() -> str:
     return os.path.join(base, "acomm") if base else f"/tmp/acomm-{os.getuid()}"
 
 
-def private_path(prefix: str) -> str:
-    """A new path in the runtime folder, which is made if need be; nobody else can guess the name."""
-    folder = runtime_folder()
+def private_path(prefix: str, folder: str | None = None) -> str:
+    """A new path in `folder` (None: the runtime folder), which is made if need be; nobody else can guess
+    the name. Raises ConfigError when the folder is not fit.
+    """
+    folder = folder or runtime_folder()
     check_folder(folder)
     _sweep(folder, prefix)
     return os.path.join(folder, f"{prefix}-{os.getpid()}-{os.urandom(6).hex()}.sock")
@@ -46,12 +48,16 @@ def _sweep(folder: str, prefix: str) -> None:
             if entry.name.startswith(prefix + "-") and entry.name.endswith(".sock.lock"):
                 with contextlib.suppress(OSError, ConfigError):
                     if entry.stat(follow_symlinks=False).st_mtime < young:
-                        path = entry.path.removesuffix(".lock")
-                        lock = _lock(path)
-                        try:
-                            _remove_dead(path)
-                        finally:
-                            _unlock(path, lock)
+                        remove_dead(entry.path.removesuffix(".lock"))
+
+
+def remove_dead(path: str) -> None:
+    """Remove what a dead owner has left at `path`. Raises AddressInUse when its owner is alive."""
+    lock = _lock(path)
+    try:
+        _remove_dead(path)
+    finally:
+        _unlock(path, lock)
 
 
 def check_folder(folder: str) -> None:

@@ -45,9 +45,10 @@ from collections.abc import (
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
-from acomm import socketpath, urls
+from acomm import socketpath, streamsocket, urls
 from acomm.deadlines import Deadlines
 from acomm.errors import BadRequest, Busy, ConnectionLost, Forbidden, TooLarge, printable
+from acomm.streamsocket import ACCEPT_PAUSE, CHUNK, EXPIRY
 from acomm.transport import Done
 
 # aiohttp is for HTTP streams alone, and takes longer to import than all the rest.
@@ -61,9 +62,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("acomm.streams")
 
-EXPIRY = 60.0
-"""Seconds that a stream waits for its consumer."""
-
 SILENCE = 300.0
 """Seconds that a reader waits for more by default. A slow source is no fault, and a producer that dies is
 noticed at once; this is for hosts that vanish from the network and producers that hang.
@@ -72,20 +70,15 @@ noticed at once; this is for hosts that vanish from the network and producers th
 MAX_OPEN = 1024
 """Streams of one owner that wait or run. Each takes up to four descriptors."""
 
-_CHUNK = 128 * 1024
 _READ_AHEAD = 256 * 1024
 _OVERHEAD = 64  # bytes that a chunk costs besides its content
 _CONNECT_TIMEOUT = 30.0
-_ACCEPT_PAUSE = 0.1  # seconds, when the process is out of descriptors
 _LINGER = 30.0
 """Seconds that a finished stream is kept for a reader that has not sent its byte yet."""
 
-_KIND = "checked-stream"
-_BYTE = b"\n"
 _LIFETIME = 3600.0
 _NONCE_BYTES = 8
 _URL_SAFE = "/?%:@!$&'()*+,;=~[]"
-_ucred = struct.Struct("iII")
 
 Chunk = bytes | bytearray | memoryview
 
@@ -132,18 +125,18 @@ def _chunks_of(source: Any) -> _Chunks:
 
 
 async def _sliced(data: memoryview) -> AsyncGenerator[Chunk, None]:
-    for start in range(0, len(data), _CHUNK):
-        yield data[start : start + _CHUNK]
+    for start in range(0, len(data), CHUNK):
+        yield data[start : start + CHUNK]
 
 
 async def _received(reader: asyncio.StreamReader) -> AsyncGenerator[Chunk, None]:
-    while data := await reader.read(_CHUNK):
+    while data := await reader.read(CHUNK):
         yield data
 
 
 def _read_chunks(file: Any) -> Iterator[Chunk]:
     read = getattr(file, "read1", file.read)  # `read` of a buffered pipe waits until all of it is there
-    while data := read(_CHUNK):
+    while data := read(CHUNK):
         yield data
     if data is None:
         raise BlockingIOError("the source is a non-blocking file, and has nothing to read now")
@@ -368,11 +361,7 @@ class UnixStreams:
         if len(self) >= self.max_open:
             raise Busy(f"there are {len(self)} open streams already", retry_after=1.0)
         chunks = _chunks_of(source)
-        if self.folder is None:
-            path = socketpath.private_path(_KIND)
-        else:
-            path = os.path.join(self.folder, f"{_KIND}-{os.getpid()}-{os.urandom(6).hex()}.sock")
-        bound = socketpath.bind(path, self.mode)
+        bound = streamsocket.bind(self.folder, self.mode)
         self._none_open.clear()
         self._streams.add(_UnixStream(self, bound, chunks, expiry))
         return Done(urls.unix_url(bound.path))
@@ -437,9 +426,9 @@ class _UnixStream:
         except OSError as error:
             log.warning("a stream's consumer cannot be accepted: %s", error.strerror)
             self._loop.remove_reader(self._bound.socket.fileno())
-            self._pause = self._loop.call_later(_ACCEPT_PAUSE, self._listen)
+            self._pause = self._loop.call_later(ACCEPT_PAUSE, self._listen)
             return
-        pid, uid, _ = _ucred.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size))
+        pid, uid = streamsocket.peer(sock)
         if uid not in self._owner.uids:
             log.warning("refused a stream to uid %d (pid %d)", uid, pid)
             sock.close()
@@ -515,9 +504,9 @@ class _UnixStream:
         try:
             sock.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(_LINGER):
-                received = await self._loop.sock_recv(sock, _CHUNK)
+                received = await self._loop.sock_recv(sock, CHUNK)
                 while received:
-                    received = sock.recv(_CHUNK)
+                    received = sock.recv(CHUNK)
         except (TimeoutError, BlockingIOError):
             pass  # a reader that sends nothing and is slow; or there is no more
         except OSError:
@@ -666,7 +655,7 @@ async def _unix_chunks(url: str, timeout: float | None, guard: Guard | None) -> 
         while True:
             try:
                 async with asyncio.timeout(timeout):
-                    chunk = await loop.sock_recv(sock, _CHUNK)
+                    chunk = await loop.sock_recv(sock, CHUNK)
             except TimeoutError:
                 raise _silent(url) from None
             except OSError as error:
@@ -690,9 +679,9 @@ def _connected(url: str, guard: Guard | None) -> socket.socket:
                 guard.policy.connect_unix(sock, url, guard.origin, "the stream URL")
         except OSError as error:
             raise _unreachable(url, error.strerror or error) from None
-        if os.path.basename(path).startswith(f"{_KIND}-"):
+        if streamsocket.is_checked(path):
             try:
-                sock.send(_BYTE)
+                sock.send(streamsocket.BYTE)
             except OSError as error:
                 raise _broken(url, error) from None
     except BaseException:
@@ -770,7 +759,7 @@ class StreamFile(io.BufferedReader):
             raw: _Raw = _UnixRaw(url, sock)
         else:
             raw = _HttpRaw(url, *_http_get(url, timeout, guard))
-        super().__init__(raw, _CHUNK)
+        super().__init__(raw, CHUNK)
 
 
 class _Raw(io.RawIOBase):
