@@ -15,6 +15,7 @@ that they do not know. Two programs that both know this library may say more: a 
 `"acomm": 1` asks for extension keys, and only then does its answer carry any:
 
 * request: `timeout` (seconds left when sent), `priority`, `handlers`
+* response: `stream_format`
 * response and acknowledgement: `error_info`, and `"acomm": 1` itself
 """
 
@@ -49,7 +50,7 @@ _quote = msgspec.json.encode
 _request_keys = frozenset(
     "id task args responsehook taskurl streamurl acomm timeout priority handlers".split()
 )
-_response_keys = frozenset("error id result stream_url streamurl acomm error_info".split())
+_response_keys = frozenset("error id result stream_url streamurl acomm error_info stream_format".split())
 _generation_3_keys = frozenset({"responseHook", "taskURL", "streamURL"})
 
 
@@ -223,7 +224,8 @@ class Response(msgspec.Struct, frozen=True):
     """The answer to a request, and the form of every acknowledgement.
 
     `result` is any JSON value (msgspec.Raw when decoded), `error` None or an AcommError. The two
-    exclude each other.
+    exclude each other. `stream_format` says what the stream at `stream_url` is made of, where that is
+    known: "lines", each the JSON of an item, or "bytes".
     """
 
     id: str
@@ -231,6 +233,7 @@ class Response(msgspec.Struct, frozen=True):
     error: AcommError | None = None
     stream_url: str | None = None
     extended: bool = False
+    stream_format: str | None = None
 
     def __post_init__(self) -> None:
         if self.error is not None and self.result is not None:
@@ -245,11 +248,12 @@ class Response(msgspec.Struct, frozen=True):
         result: Any = None,
         error: AcommError | str | None = None,
         stream_url: str | None = None,
+        stream_format: str | None = None,
     ) -> Response:
         """The response to `request`; an error may be given as its text."""
         if isinstance(error, str):
             error = AcommError(error) if error else None
-        return cls(request.id, result, error, stream_url, request.extended)
+        return cls(request.id, result, error, stream_url, request.extended, stream_format)
 
     @classmethod
     def decode(cls, data: bytes) -> Response:
@@ -271,13 +275,14 @@ class Response(msgspec.Struct, frozen=True):
                 result = None
         # Who does not know our generation sends both keys, one of them null.
         stream = urls.decode(get("streamurl"), "stream URL") or urls.decode(get("stream_url"), "stream URL")
-        response = cls(_text(get("id"), "id"), None, error, stream, _asked(get("acomm")))
+        stream_format = _value(_string, get("stream_format"), "stream_format")
+        response = cls(_text(get("id"), "id"), None, error, stream, _asked(get("acomm")), stream_format)
         # A peer may send both; like the original we then handle the error and keep the result.
         msgspec.structs.force_setattr(response, "result", result)
         return response
 
     def encode(self, wire: int = 3, *, extended: bool = False) -> bytes:
-        """The response in generation `wire`; `extended` adds `error_info` and `"acomm": 1`."""
+        """The response in generation `wire`; `extended` adds the extension keys and `"acomm": 1`."""
         _check_generation(wire)
         result = b"null" if self.result is None else jsontext.encode(self.result, "result")
         body = b'{"error":%b,"id":%b,"result":%b' % (_error_text(self.error), _quote(self.id), result)
@@ -289,6 +294,8 @@ class Response(msgspec.Struct, frozen=True):
             return body + b"}"
         if self.error is not None:
             body += b',"error_info":%b' % _safe_json(self.error.info())
+        if self.stream_format is not None:
+            body += b',"stream_format":%b' % _quote(self.stream_format)
         return body + b',"acomm":1}'
 
     def result_as(self, type: type[T]) -> T:
@@ -445,7 +452,7 @@ _fold = {
     name: name.casefold()
     for name in (
         "id task args responseHook responsehook taskURL streamURL acomm timeout priority handlers "
-        "error result stream_url error_info"
+        "error result stream_url error_info stream_format"
     ).split()
 }
 

@@ -461,6 +461,23 @@ def test_result_as_gives_the_result_or_raises_the_error() -> None:
         Response("i", "x").result_as(int)
 
 
+@pytest.mark.parametrize("wire", [1, 2, 3])
+def test_only_who_asked_is_told_what_a_stream_is_made_of(wire: int) -> None:
+    request = Request("t", id="i", extended=True)
+    response = Response.to(request, stream_url="unix:///s.sock", stream_format="lines")
+    assert b"stream_format" not in response.encode(wire)
+    told = response.encode(wire, extended=True)
+    assert told.endswith(b',"stream_format":"lines","acomm":1}')
+    assert Response.decode(told).stream_format == "lines"
+    assert Response.decode(response.encode(wire)).stream_format is None
+    assert b"stream_format" not in Response("i", 1).encode(wire, extended=True)
+
+
+def test_a_stream_format_is_text() -> None:
+    with pytest.raises(BadRequest, match="stream_format: expected str, got int"):
+        Response.decode(b'{"error":"","id":"i","stream_format":5}')
+
+
 def test_a_response_to_a_request_answers_in_kind() -> None:
     request = Request("t", id="i", extended=True)
     assert Response.to(request, 5) == Response("i", 5, extended=True)
