@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.scoreboard import SLOT_SIZE, Scoreboard, Slot
+from workers.scoreboard import NOTE_SIZE, SLOT_SIZE, Scoreboard, Slot
 
 
 @pytest.fixture
@@ -50,7 +50,47 @@ def test_a_new_writer_does_not_inherit_progress(board: Scoreboard) -> None:
     assert board.read(0) == Slot(1, 1.0, 0.0, 0.0)
 
 
-def test_slots_are_apart_and_a_cache_line_each(board: Scoreboard) -> None:
+def test_a_note_from_call_to_call(board: Scoreboard) -> None:
+    writer = board.writer(1)
+    writer.begin(1, 1.0)
+    writer.progress(1, 2, "häuser")
+    assert board.read(1) == Slot(1, 1.0, 1.0, 2.0, "häuser")
+    writer.progress(2, 2, "ha")
+    assert board.read(1).note == "ha"
+    writer.progress(2, 2)
+    assert board.read(1).note == ""
+    writer.progress(2, 2, "last")
+    writer.begin(2, 2.0)
+    assert board.read(1) == Slot(2, 2.0, 0.0, 0.0)
+    writer.progress(2, 2, "last")
+    assert board.read(1).note == "last"
+    board.clear(1)
+    assert board.read(1).note == ""
+    assert [board.read(slot).note for slot in (0, 2)] == ["", ""]
+
+
+def test_a_new_writer_does_not_inherit_a_note(board: Scoreboard) -> None:
+    board.writer(0).progress(1, 1, "old")
+    board.writer(0).begin(1, 1.0)
+    assert board.read(0).note == ""
+
+
+@pytest.mark.parametrize("size", [NOTE_SIZE - 1, NOTE_SIZE, NOTE_SIZE + 1, 10_000])
+@pytest.mark.parametrize("letter", ["a", "é", "€", "\N{SNAKE}"])
+def test_a_note_is_cut_between_characters(board: Scoreboard, size: int, letter: str) -> None:
+    width = len(letter.encode())
+    board.writer(2).progress(1, 1, letter * (size // width))
+    assert board.read(2).note == letter * min(size // width, NOTE_SIZE // width)
+
+
+def test_a_note_of_what_is_no_text_or_of_noise_harms_nobody(board: Scoreboard) -> None:
+    board.writer(0).progress(1, 1, "a\ud800b")
+    assert board.read(0).note == "a?b"
+    os.pwrite(board.fd, b"\xff" * (SLOT_SIZE - 32), 32)
+    assert board.read(0).note == "\ufffd" * NOTE_SIZE
+
+
+def test_slots_are_apart_and_whole_cache_lines(board: Scoreboard) -> None:
     for slot in range(3):
         board.writer(slot).begin(2**64 - 1 - slot, float(slot))
         board.writer(slot).progress(1e300, -1)
@@ -58,8 +98,9 @@ def test_slots_are_apart_and_a_cache_line_each(board: Scoreboard) -> None:
     board.clear(1)
     assert [bool(board.read(slot).call) for slot in range(3)] == [True, False, True]
     assert board.read(1) == Slot(0, 0.0, 0.0, 0.0)
+    assert SLOT_SIZE % 64 == 0
     raw = os.pread(board.fd, SLOT_SIZE, 2 * SLOT_SIZE)
-    assert struct.unpack("=Qddd32x", raw) == (2**64 - 3, 2.0, 1e300, -1.0)
+    assert struct.unpack("=Qddd96x", raw) == (2**64 - 3, 2.0, 1e300, -1.0)
 
 
 def test_the_start_is_stored_before_the_call(board: Scoreboard) -> None:

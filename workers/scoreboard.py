@@ -1,9 +1,9 @@
 """The scoreboard: shared memory, a slot per running call: what runs, since when, how far.
 
-    slot: 64 bytes, one cache line, so that workers do not slow each other down
-    +---------+-----------+----------+-----------+----------------------+
-    | call u64| start f64 | done f64 | total f64 | spare, 32 bytes      |
-    +---------+-----------+----------+-----------+----------------------+
+    slot: 128 bytes, two cache lines, so that workers do not slow each other down
+    +---------+-----------+----------+-----------+-----------+---------------------+
+    | call u64| start f64 | done f64 | total f64 | length u8 | note, 95 bytes UTF-8|
+    +---------+-----------+----------+-----------+-----------+---------------------+
 
 A worker writes its slot with plain stores, no message and no lock; the supervisor reads it whenever it
 likes: for time limits, for the table of what runs, and after a death, when the page outlives the worker.
@@ -13,7 +13,8 @@ is not atomic. `begin` stores the start before the call number and `end` clears 
 `read` looks at the call number before and after the rest: so on x86-64, which keeps stores and loads in
 order, a call is never seen with an older start, and calls that have just changed are read again. Other
 processors may reorder the two stores; Python executes hundreds of instructions between them, so it is
-unlikely, but a time limit should be checked twice before it kills. `done` may be newer than `total`.
+unlikely, but a time limit should be checked twice before it kills. `done` may be newer than `total`, and
+of two notes that follow each other some bytes of both may be seen: a note is for people to read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,14 @@ import mmap
 import os
 from typing import Any, NamedTuple
 
-SLOT_SIZE = 64
+SLOT_SIZE = 128
+NOTE_SIZE = 95
+"""Bytes of UTF-8 that are kept of a note."""
+
 _WORDS = SLOT_SIZE // 8
 _CALL, _STARTED, _DONE, _TOTAL = range(4)
+_LENGTH = 4 * 8
+_NOTE = _LENGTH + 1
 
 _READ_TRIES = 8
 """A worker that changes calls between each two looks of ours runs calls of a microsecond: any will do."""
@@ -38,23 +44,29 @@ class Slot(NamedTuple):
     started: float
     done: float
     total: float
+    note: str = ""
 
 
 class SlotWriter:
-    """The worker's hold on one slot; each method takes some 100 ns."""
+    """The worker's hold on one slot; each method takes some 100 ns, and a new note twice that."""
 
-    __slots__ = ("_call", "_numbers", "_progressed")
+    __slots__ = ("_call", "_note", "_numbers", "_progressed", "_text")
 
-    def __init__(self, call: memoryview[int], numbers: memoryview[float]) -> None:
+    def __init__(self, call: memoryview[int], numbers: memoryview[float], text: memoryview[int]) -> None:
         self._call = call
         self._numbers = numbers
+        self._text = text
         self._progressed = True
+        self._note: str | None = None  # what an earlier writer has left is not known
 
     def begin(self, call: int, now: float) -> None:
         """`call` (1 to 2**64 - 1) runs since `now`, by `time.monotonic()`."""
         numbers = self._numbers
         if self._progressed:
             numbers[_DONE] = numbers[_TOTAL] = 0.0
+            if self._note != "":
+                self._text[0] = 0
+                self._note = ""
             self._progressed = False
         numbers[_STARTED] = now
         self._call[0] = call
@@ -63,12 +75,24 @@ class SlotWriter:
         """The call has ended. Its start and progress stay, without a meaning, until the next one."""
         self._call[0] = 0
 
-    def progress(self, done: float, total: float = 0.0) -> None:
-        """`done` of `total` units; a total of 0 is unknown."""
+    def progress(self, done: float, total: float = 0.0, note: str = "") -> None:
+        """`done` of `total` units; a total of 0 is unknown. The first NOTE_SIZE bytes of `note` are kept."""
         self._progressed = True
+        if note != self._note:
+            self._write(note)
         numbers = self._numbers
         numbers[_TOTAL] = total
         numbers[_DONE] = done
+
+    def _write(self, note: str) -> None:
+        data = note.encode("utf-8", "replace")
+        if len(data) > NOTE_SIZE:
+            data = data[:NOTE_SIZE].decode("utf-8", "ignore").encode()  # no half of a character
+        text = self._text
+        text[0] = 0
+        text[1 : 1 + len(data)] = data
+        text[0] = len(data)
+        self._note = note
 
 
 class Scoreboard:
@@ -116,10 +140,22 @@ class Scoreboard:
         integers, numbers = self._integers, self._numbers
         for _ in range(_READ_TRIES):
             call = integers[base + _CALL]
-            found = Slot(call, numbers[base + _STARTED], numbers[base + _DONE], numbers[base + _TOTAL])
+            found = Slot(
+                call,
+                numbers[base + _STARTED],
+                numbers[base + _DONE],
+                numbers[base + _TOTAL],
+                self._note(slot * SLOT_SIZE),
+            )
             if integers[base + _CALL] == call:
                 break
         return found
+
+    def _note(self, start: int) -> str:
+        length = min(self._bytes[start + _LENGTH], NOTE_SIZE)
+        if not length:
+            return ""
+        return bytes(self._bytes[start + _NOTE : start + _NOTE + length]).decode("utf-8", "replace")
 
     def clear(self, slot: int) -> None:
         """Make `slot` idle, for the next worker. Only when no worker writes it: the old one is dead."""
@@ -127,13 +163,15 @@ class Scoreboard:
         self._integers[base + _CALL] = 0
         for field in (_STARTED, _DONE, _TOTAL):
             self._numbers[base + field] = 0.0
+        self._bytes[slot * SLOT_SIZE + _LENGTH] = 0
 
     def writer(self, slot: int) -> SlotWriter:
         """Worker: the writer of `slot`; one writer a slot at a time."""
         base = self._base(slot)
         call, numbers = self._integers[base : base + 1], self._numbers[base : base + _WORDS]
-        self._views[:0] = [call, numbers]
-        return SlotWriter(call, numbers)
+        text = self._bytes[slot * SLOT_SIZE + _LENGTH : (slot + 1) * SLOT_SIZE]
+        self._views[:0] = [call, numbers, text]
+        return SlotWriter(call, numbers, text)
 
     def close(self) -> None:
         """Unmap it; readers and writers of this object raise ValueError from then on."""
