@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import copy
 import dataclasses
 import datetime
@@ -147,13 +148,7 @@ def test_unknown_options_are_refused():
 
 
 def test_what_cannot_be_a_task():
-    def generator():
-        yield 1
-
-    async def async_generator():
-        yield 1
-
-    for wrong in (generator, async_generator, int, 5, "text", add):
+    for wrong in (int, 5, "text", add):
         with pytest.raises(TypeError):
             task(wrong)
     with pytest.raises(ValueError, match="lambda"):
@@ -657,6 +652,7 @@ def test_schema():
             "additionalProperties": False,
         },
         "result": {"type": "integer"},
+        "stream": None,
         "timeout": None,
         "priority": 0,
     }
@@ -680,6 +676,63 @@ def test_schema_of_anything_is_json():
     assert schema["args"]["properties"]["n"] == {"type": "number"}
     assert schema["args"]["required"] == ["a", "o"]
     assert schema["args"]["additionalProperties"] == {"type": "integer"}
+
+
+def hinted(hint, *, is_async=False):
+    def items():
+        yield 1
+
+    async def async_items():
+        yield 1
+
+    function = async_items if is_async else items
+    function.__annotations__["return"] = hint
+    return task(name="items")(function)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("hint", "items"),
+    [
+        (collections.abc.Iterator[int], {"type": "integer"}),
+        (typing.Generator[list[str], None, None], {"type": "array", "items": {"type": "string"}}),
+        (collections.abc.AsyncGenerator[int, None], {"type": "integer"}),
+        (typing.AsyncIterator[str], {"type": "string"}),
+        (typing.Annotated[collections.abc.Iterable[int], "as they come"], {"type": "integer"}),
+        (collections.abc.Iterator[pathlib.Path], {}),
+        (collections.abc.Iterator[bytes | int], None),
+        (collections.abc.Iterator, {}),
+        (typing.Any, {}),
+        (list[int], {}),
+    ],
+)
+def test_a_generator_streams_lines(hint, items, is_async):
+    streaming = hinted(hint, is_async=is_async)
+    assert streaming.streams and not streaming.is_coroutine
+    assert streaming.stream_format == "lines"
+    schema = streaming.schema()
+    assert schema["stream"]["format"] == "lines" and schema["result"] == {"type": "null"}
+    assert items is None or schema["stream"]["items"] == items
+    msgspec.json.encode(schema)
+
+
+@pytest.mark.parametrize(
+    "hint", [bytes, bytearray, memoryview, bytes | memoryview, typing.Annotated[bytes, "gzip"]]
+)
+def test_a_generator_of_bytes_streams_bytes(hint):
+    streaming = hinted(collections.abc.Iterator[hint])
+    assert streaming.stream_format == "bytes"
+    assert streaming.schema()["stream"] == {"format": "bytes"}
+
+
+def test_a_generator_without_hints_streams_lines_and_stays_callable():
+    @task
+    def count(n):
+        yield from range(n)
+
+    assert count.stream_format == "lines"
+    assert list(count(3)) == [0, 1, 2]
+    assert not add.streams and add.stream_format is None
 
 
 # Registry

@@ -75,8 +75,9 @@ class Task(Generic[P, R]):
     """A function that can be called by name from other processes; here it is called as ever.
 
     `name` is what callers send, `function` what runs, `module` where it is imported from,
-    `location` where it is written ("app/tasks.py:12"). `timeout` is in seconds per attempt. Made by
-    `@task`, which explains the rest.
+    `location` where it is written ("app/tasks.py:12"). `timeout` is in seconds per attempt. `streams`:
+    the function is a generator's, plain or asynchronous, and its items go to the caller one by one. Made
+    by `@task`, which explains the rest.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Task(Generic[P, R]):
         self.priority = priority
         self.retry = retry
         self.is_coroutine = inspect.iscoroutinefunction(function)
+        self.streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
         self.module: str = getattr(function, "__module__", None) or "?"
         code = getattr(inspect.unwrap(function), "__code__", None)
         self.location = _place(code.co_filename, code.co_firstlineno) if code else self.module
@@ -129,6 +131,11 @@ class Task(Generic[P, R]):
         Raises ConfigError for hints that do not resolve or that JSON cannot express.
         """
         return Parameters(self.function, self.name, self.location)
+
+    @property
+    def stream_format(self) -> str | None:
+        """ "lines" or "bytes", by the return hint; None for a task that does not stream."""
+        return self.parameters.stream_format if self.streams else None
 
     def bind(self, raw: RawArgs) -> Bound:
         """The arguments to call `function` with, from JSON: an object gives keywords, an array
@@ -165,14 +172,17 @@ class Task(Generic[P, R]):
             ) from error
 
     def schema(self) -> dict[str, Any]:
-        """What a caller must know, JSON-encodable: arguments and result as JSON Schema."""
+        """What a caller must know, JSON-encodable: arguments and result as JSON Schema; of a task that
+        streams the format (`stream_format`) and, for lines, the JSON Schema of an item.
+        """
         doc = (inspect.getdoc(self.function) or "").strip()
         return {
             "name": self.name,
             "doc": doc.partition("\n")[0],
             "module": self.module,
             "args": self.parameters.args_schema(),
-            "result": self.parameters.result_schema(),
+            "result": {"type": "null"} if self.streams else self.parameters.result_schema(),
+            "stream": self.parameters.stream_schema() if self.streams else None,
             "timeout": self.timeout,
             "priority": self.priority,
         }
@@ -197,7 +207,9 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
     worker starts it; of waiting calls those of higher `priority` run first; `retry` says when to try
-    again. Raises ValueError for a bad value, TypeError for what cannot be a task.
+    again. A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
+    are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a
+    task.
     """
     if function is None:
         return functools.partial(_decorate, options)
@@ -358,8 +370,6 @@ def _check_function(function: Any) -> None:
         raise TypeError(f"{function!r} is a task already")
     if isinstance(function, type) or not callable(function):
         raise TypeError(f"@task takes a function, not {function!r}")
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(f"@task does not take a generator function yet: {function.__qualname__}")
 
 
 def _checked_name(name: Any) -> str:

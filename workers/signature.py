@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
+from collections import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -156,6 +158,17 @@ class Parameters:
         """JSON Schema of the result by the return hint, or an empty one; never raises."""
         return json_schema(self._result_hint)
 
+    @functools.cached_property
+    def stream_format(self) -> str:
+        """What the stream of a generator function is made of, by its return hint: "bytes" or "lines"."""
+        return "bytes" if _is_binary(_item_hint(self._result_hint)) else "lines"
+
+    def stream_schema(self) -> dict[str, Any]:
+        """The format of a generator function's stream, and the JSON Schema of its lines; never raises."""
+        if self.stream_format == "bytes":
+            return {"format": "bytes"}
+        return {"format": "lines", "items": json_schema(_item_hint(self._result_hint))}
+
     # Building
 
     def _decoder(self, parameter: inspect.Parameter, where: str) -> msgspec.json.Decoder[Any]:
@@ -294,6 +307,26 @@ def json_schema(hint: Any) -> dict[str, Any]:
         return msgspec.json.schema(hint)
     except Exception:
         return {}
+
+
+_STREAMS = (
+    abc.Iterator, abc.Iterable, abc.Generator, abc.AsyncIterator, abc.AsyncIterable, abc.AsyncGenerator
+)  # fmt: skip
+
+
+def _item_hint(hint: Any) -> Any:
+    """What a generator function yields, by its return hint."""
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return typing.get_args(hint)[0] if typing.get_origin(hint) in _STREAMS else Any
+
+
+def _is_binary(hint: Any) -> bool:
+    while typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return all(map(_is_binary, typing.get_args(hint)))
+    return hint in (bytes, bytearray, memoryview)
 
 
 def _inexpressible(info: Any, seen: frozenset[int] = frozenset()) -> type | None:
