@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.calls import RETURNED, Answer, Call, Failure, Outcome
+from workers.calls import ABANDONED, RETURNED, Answer, Call, Failure, Outcome
 from workers.dispatcher import OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
 from workers.errors import (
     CallCancelled,
@@ -432,6 +432,151 @@ def test_a_given_up_call_that_starts_and_lasts_costs_its_worker() -> None:
     assert dispatcher.queued == 1 and other.attempt == 1 and len(dispatcher) == 1
 
 
+# -- streams
+
+URL = "unix:///s.sock"
+
+
+def streaming(dispatcher: Dispatcher, item: Call, worker: int = 1, now: float = 0.0) -> None:
+    """A call that has been sent says that it streams."""
+    outcome = dispatcher.answered(worker, Answer(item.number, 0.0, None, stream=URL), now)
+    assert outcome is not None and outcome.call is item and item.streaming
+    assert (outcome.stream, outcome.result, outcome.error) == (URL, None, None)
+
+
+def test_a_stream_has_an_outcome_when_it_begins_and_one_when_it_ends() -> None:
+    dispatcher = taught(2, tiny=TINY)
+    stream, behind = call("stream"), [call() for _ in range(3)]
+    dispatcher.submit(stream)
+    assert assigned(dispatcher) == {1: [stream]}
+    streaming(dispatcher, stream)
+    assert dispatcher.assigned == 1 and len(dispatcher) == 1
+    dispatcher.worker_lost(2, 0, lost)
+    for item in behind:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {}, "nothing waits behind a stream"
+    outcome = dispatcher.answered(1, Answer(stream.number, 9.0, None), 9.0)
+    assert outcome and (outcome.stream, outcome.result, outcome.error) == (None, None, None)
+    assert dispatcher.answered(1, Answer(stream.number, 9.0, None), 9.0) is None
+    assert assigned(dispatcher, 9.0) == {1: behind}
+
+
+def test_how_long_a_stream_takes_is_not_learned() -> None:
+    dispatcher = taught()
+    for _ in range(3):
+        stream = call("stream")
+        dispatcher.submit(stream)
+        assert assigned(dispatcher) == {1: [stream]}
+        streaming(dispatcher, stream)
+        assert dispatcher.answered(1, Answer(stream.number, TINY, None), 0.0)
+    assert dispatcher.predicted("stream") is None
+
+
+def test_the_deadline_is_met_when_a_stream_begins_and_the_limit_is_not() -> None:
+    dispatcher = taught()
+    stream = call("stream", deadline=1.0, timeout=5.0)
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    runs = Running(stream.number, 0.0)
+    assert dispatcher.due(1.5, lambda _: runs) == ([], [])
+    assert dispatcher.next_deadline() == 5.0
+    _, (doom,) = dispatcher.due(5.0, lambda _: runs)
+    assert doom.worker == 1 and isinstance(doom.error, CallTimeout)
+    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    assert outcome.error is doom.error and empty(dispatcher)
+
+
+@pytest.mark.parametrize("failure", [RAISED, FATAL])
+def test_a_stream_that_fails_is_not_tried_again(failure: Failure) -> None:
+    dispatcher = taught()
+    stream = call("stream", retries=5)
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    outcome = dispatcher.answered(1, Answer(stream.number, 1.0, None, failure), 1.0)
+    assert outcome and isinstance(outcome.error, TaskError) and empty(dispatcher)
+
+
+def test_a_call_that_fails_before_it_streams_is_tried_again() -> None:
+    dispatcher = taught()
+    stream = call("stream", retries=1)
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    assert dispatcher.answered(1, Answer(stream.number, 0.0, None, RAISED), 0.0) is None
+    dispatcher.due(0.0, idle)
+    assert assigned(dispatcher) == {1: [stream]}
+    streaming(dispatcher, stream)
+
+
+@pytest.mark.parametrize("seen_running", [True, False])
+def test_a_stream_ends_with_its_worker(seen_running: bool) -> None:
+    dispatcher = taught()
+    stream = call("stream", crashes=5)
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    (outcome,) = dispatcher.worker_lost(1, stream.number if seen_running else 0, lost)
+    assert type(outcome.error) is WorkerLost and outcome.error.receipt == {"attempt": 1}
+    assert empty(dispatcher)
+
+
+def test_a_cancelled_stream_ends_with_its_worker() -> None:
+    dispatcher = taught()
+    stream = call("stream")
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    doom = dispatcher.cancel(stream.number, 1.0, Running(stream.number, 0.0))
+    assert isinstance(doom, Doom) and doom.worker == 1
+    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    assert isinstance(outcome.error, CallCancelled) and empty(dispatcher)
+
+
+def test_a_stream_that_its_consumer_has_left_is_killed_if_it_still_runs() -> None:
+    dispatcher = taught()
+    stream = call("stream", timeout=100.0)
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    left = Answer(stream.number, 0.0, None, Failure(ABANDONED, ""))
+    assert dispatcher.answered(1, left, 3.0) is None
+    assert dispatcher.next_deadline() == 3.0
+    _, (doom,) = dispatcher.due(3.0, lambda _: Running(stream.number, 0.0))
+    assert doom.worker == 1 and isinstance(doom.error, CallCancelled)
+    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    assert outcome.error is doom.error and empty(dispatcher)
+
+
+def test_a_stream_that_its_consumer_has_left_may_have_ended_meanwhile() -> None:
+    dispatcher = taught()
+    stream = call("stream")
+    dispatcher.submit(stream)
+    assigned(dispatcher)
+    streaming(dispatcher, stream)
+    dispatcher.answered(1, Answer(stream.number, 0.0, None, Failure(ABANDONED, "")), 3.0)
+    assert dispatcher.due(3.0, idle) == ([], [])
+    assert dispatcher.answered(1, Answer(stream.number, 1.0, None, FATAL), 3.001)
+    assert empty(dispatcher) and dispatcher.next_deadline() is None
+
+
+def test_a_call_that_nobody_waits_for_does_not_begin_to_stream() -> None:
+    dispatcher = taught()
+    given_up, doomed = call("stream"), call("stream")
+    for item in (given_up, doomed):
+        dispatcher.submit(item)
+        assigned(dispatcher)
+        what = dispatcher.cancel(item.number, 0.0, Running(item.number if item is doomed else 0, 0.0))
+        assert isinstance(what, Doom) == (item is doomed)
+        assert dispatcher.answered(1, Answer(item.number, 0.0, None, stream=URL), 0.0) is None
+        if item is given_up:
+            assert dispatcher.answered(1, Answer(item.number, 0.0, None), 0.0) is None
+    assert dispatcher.answered(9, Answer(1, 0.0, None, stream=URL), 0.0) is None
+    assert dispatcher.answered(1, Answer(10**6, 0.0, None, stream=URL), 0.0) is None
+    assert [outcome.call for outcome in dispatcher.worker_lost(1, doomed.number, lost)] == [doomed]
+    assert empty(dispatcher)
+
+
 # -- everything at once
 
 
@@ -459,10 +604,16 @@ class Machine(RuleBasedStateMachine):
         self.calls: list[Call] = []
         self.ended: dict[Call, Outcome] = {}
         self.said: list[tuple[int, Answer]] = []
+        self.streamed: set[Call] = set()
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
             assert outcome.call in self.calls and outcome.call not in self.ended
+            if outcome.stream is not None:
+                assert (outcome.stream, outcome.result, outcome.error) == (URL, None, None)
+                assert outcome.call not in self.streamed
+                self.streamed.add(outcome.call)
+                continue
             assert (outcome.result is None) != (outcome.error is None)
             self.ended[outcome.call] = outcome
 
@@ -531,7 +682,7 @@ class Machine(RuleBasedStateMachine):
             child = self.children[worker]
             assert calls and not child.doomed
             for item in calls:
-                assert item not in self.ended
+                assert item not in self.ended and item not in self.streamed
                 assert item.job().attempt == item.failed + item.crashed + 1
                 assert all(item.number not in other.waiting for other in self.children.values())
                 child.waiting.append(item.number)
@@ -556,6 +707,15 @@ class Machine(RuleBasedStateMachine):
         child.answers.append(Answer(number, COSTS[item.task] if item else 0.5, *ENDS[end]))
         if arrives:
             self.deliver(worker)
+
+    @rule(pick=st.integers(0, 3), stream=st.sampled_from([URL, URL, None]))
+    def stream(self, pick: int, stream: str | None) -> None:
+        """What runs says that it streams, or that nobody consumes that."""
+        self.begin(pick)
+        worker = self.some(pick)
+        if worker is not None and (child := self.children[worker]).running is not IDLE:
+            failure = None if stream else Failure(ABANDONED, "")
+            child.answers.append(Answer(child.running.call, 0.0, None, failure, stream))
 
     def deliver(self, worker: int) -> None:
         answers = self.children[worker].answers
@@ -604,10 +764,11 @@ class Machine(RuleBasedStateMachine):
 
         item = self.dispatcher.call(child.running.call) if nonsense is None else None
         before = {call: call.crashed for call in self.calls}
+        streams = {call for call in self.streamed if self.dispatcher.holder(call.number) == worker}
         self.take(self.dispatcher.worker_lost(worker, running, pay))
-        assert set(charged) <= {item}
-        assert {call for call in self.calls if call.crashed != before[call]} <= {item}
-        assert not (child.doomed and charged)
+        assert set(charged) <= {item} | streams
+        assert {call for call in self.calls if call.crashed != before[call]} <= {item} | streams
+        assert not (child.doomed and set(charged) - streams)
 
     @precondition(lambda self: self.calls)
     @rule(pick=st.integers(0, 1000), last=st.booleans())
@@ -651,6 +812,11 @@ class Machine(RuleBasedStateMachine):
         assert dispatcher._stale == len(waiting) - len(live)
         assert len(dispatcher) == len(self.calls) - len(self.ended)
         assert len({id(item) for item in (*held, *live)}) == len(held) + len(live)
+
+    @invariant()
+    def a_stream_stays_where_it_is(self) -> None:
+        for item in self.streamed:
+            assert item in self.ended or self.dispatcher.holder(item.number) is not None
 
     @invariant()
     def loads_are_those_of_the_calls(self) -> None:

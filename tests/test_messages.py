@@ -474,7 +474,7 @@ def test_only_who_asked_is_told_what_a_stream_is_made_of(wire: int) -> None:
 
 
 def test_a_stream_format_is_text() -> None:
-    with pytest.raises(BadRequest, match="stream_format: expected str, got int"):
+    with pytest.raises(BadRequest, match="stream_format: Expected str, got int"):
         Response.decode(b'{"error":"","id":"i","stream_format":5}')
 
 

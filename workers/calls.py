@@ -22,9 +22,15 @@ STOP = b"stop"
 RETURNED = "returned"
 """The code of a Failure that is none: the worker gives a call back that it has not begun."""
 
+ABANDONED = "abandoned"
+"""Another such: the consumer of the call's stream has left, and the call does not end. Kill it."""
+
 
 class Job(msgspec.Struct, array_like=True):
-    """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share."""
+    """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share. `stream` is
+    the stream URL that the request brought; `uid` is who may read the stream that the call makes, besides
+    us and root.
+    """
 
     number: int
     task: str
@@ -32,6 +38,8 @@ class Job(msgspec.Struct, array_like=True):
     id: str
     attempt: int
     deadline: float | None
+    stream: str | None = None
+    uid: int | None = None
 
 
 class Failure(msgspec.Struct, array_like=True):
@@ -48,19 +56,32 @@ class Failure(msgspec.Struct, array_like=True):
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """What a worker says of a call: its result as JSON or its failure, and the seconds it ran."""
+    """What a worker says of a call: its result as JSON or its failure, and the seconds it ran.
+
+    A call that streams is answered twice: first with `stream`, the URL, when it waits for its consumer.
+    """
 
     number: int
     seconds: float
     result: bytes | None
     failure: Failure | None = None
+    stream: str | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the worker is done with the call and has run it."""
+        if self.failure is None:
+            return self.stream is None
+        return self.failure.code not in (RETURNED, ABANDONED)
 
 
 class Call(msgspec.Struct, eq=False, weakref=True):
     """A call on the supervisor's side.
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
-    submitted it. The numbers of a call's attempts differ, so a late answer matches nothing.
+    submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
+    and `uid` are for the Job; `streaming` is set once the call has a stream of its own, and `abandoned` when
+    that has lost its consumer.
     """
 
     task: str
@@ -73,11 +94,15 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     retries: int = 0
     crashes: int = 0
     backoff: Any = None  # attempt -> seconds
+    stream_url: str | None = None
+    uid: int | None = None
     number: int = 0
     failed: int = 0
     crashed: int = 0
     cost: float = 0.0
     settled: bool = False
+    streaming: bool = False
+    abandoned: bool = False
 
     @property
     def attempt(self) -> int:
@@ -85,12 +110,26 @@ class Call(msgspec.Struct, eq=False, weakref=True):
         return self.failed + self.crashed + 1
 
     def job(self) -> Job:
-        return Job(self.number, self.task, self.args, self.id, self.attempt, self.deadline)
+        return Job(
+            self.number,
+            self.task,
+            self.args,
+            self.id,
+            self.attempt,
+            self.deadline,
+            self.stream_url,
+            self.uid,
+        )
 
 
 class Outcome(msgspec.Struct, frozen=True, eq=False):
-    """How a call ended: exactly one of result (JSON) and error is set."""
+    """How a call ended: exactly one of result (JSON) and error is set.
+
+    A call that streams has two outcomes. The first has `stream` alone, the URL. The second tells how it
+    ended: neither result nor error if the stream was taken whole.
+    """
 
     call: Call
     result: bytes | None
     error: AcommError | None
+    stream: str | None = None

@@ -5,9 +5,13 @@
                  |    backoff <-------+  raised, retries left
                  +--------------------+  the worker died, or is busy for long, with another call
 
+A call that streams stays assigned while it does, has an outcome when that begins and one when it ends,
+and is never tried again in between.
+
 A worker holds as many calls as it can run in about WINDOW seconds, by what their tasks took before: one
 long call, or hundreds of tiny ones that then travel in one message. A call of unknown cost waits for a
-worker that holds nothing, and nothing waits behind it.
+worker that holds nothing, and nothing waits behind it; so does each that streams, as its consumer decides
+how long it takes.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from acomm.deadlines import Deadlines
-from workers.calls import RETURNED, Answer, Call, Outcome
+from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
 
 WINDOW = 0.002
@@ -72,9 +76,10 @@ class _Worker:
 class Dispatcher:
     """The table of all calls and workers.
 
-    Every call that is submitted comes back in exactly one Outcome, from one of `answered`,
-    `worker_lost`, `cancel`, `due` or `abandon`. `queued` counts the calls that wait for a worker or for
-    their backoff, `assigned` those that workers hold, given-up ones included.
+    Every call that is submitted comes back in exactly one Outcome that ends it, from one of `answered`,
+    `worker_lost`, `cancel`, `due` or `abandon`; before that, `answered` may say that it streams. `queued`
+    counts the calls that wait for a worker or for their backoff, `assigned` those that workers hold,
+    given-up ones included.
     """
 
     def __init__(self, *, window: float = WINDOW, max_window: int = MAX_WINDOW) -> None:
@@ -98,7 +103,7 @@ class Dispatcher:
         return f"<Dispatcher {len(self._workers)} workers, {self.queued} queued, {self.assigned} assigned>"
 
     def __len__(self) -> int:
-        """Calls that have no outcome yet."""
+        """Calls that have not ended."""
         return len(self._calls)
 
     # -- calls --------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ class Dispatcher:
         return None if worker is None else worker.id
 
     def call(self, number: int) -> Call | None:
-        """The call of that number, if it has no outcome yet."""
+        """The call of that number, if it has not ended."""
         return self._calls.get(number)
 
     def predicted(self, task: str) -> float | None:
@@ -196,7 +201,7 @@ class Dispatcher:
             if doom is not None:
                 # Even if it has just ended: its answer is lost, and it is not to run again.
                 outcomes.append(self._settle(call, None, doom))
-            elif number != running or worker.doomed:
+            elif (number != running or worker.doomed) and not call.streaming:
                 # Waited behind, or started in the moment in which we killed the worker for another.
                 again.append(call)
             else:
@@ -213,23 +218,28 @@ class Dispatcher:
     def _crashed(self, call: Call, lost: Callable[[Call], WorkerLost]) -> Outcome | None:
         """The outcome of a call whose worker died; None if it is to be tried again."""
         call.crashed += 1
-        if call.crashed <= call.crashes:
+        if call.crashed <= call.crashes and not call.streaming:
             return None
         error: AcommError = lost(call)
-        if call.crashes:
+        if call.crashes and not call.streaming:
             error = Poisoned(f"{error} (worker {call.crashed} that it killed)", receipt=error.receipt)
         return self._settle(call, None, error)
 
     def answered(self, id: int, answer: Answer, now: float) -> Outcome | None:
         """A worker has answered. None: the call runs again later, or is no longer waited for."""
         worker = self._workers.get(id)
+        if answer.stream is not None:
+            return self._began_to_stream(worker, answer.number, answer.stream)
+        if answer.failure is not None and answer.failure.code == ABANDONED:
+            self._abandoned(worker, answer.number, now)
+            return None
         call = worker.calls.pop(answer.number, None) if worker else None
         if worker is None or call is None:
             return None
         number = answer.number
         self.assigned -= 1
         del self._holder[number]
-        if call.timeout is not None or call.settled:
+        if call.timeout is not None or call.settled or call.abandoned:
             self._limits.discard(number)
         if answer.failure is not None and answer.failure.code == RETURNED:
             # It was behind one that lasts, and so would be whatever else its worker got.
@@ -240,7 +250,8 @@ class Dispatcher:
             return None
         worker.load = worker.load - call.cost if worker.calls else 0.0
         worker.heard = now
-        self._learn(call.task, answer.seconds)
+        if not call.streaming:
+            self._learn(call.task, answer.seconds)
         if call.settled:
             return None
         if answer.failure is None:
@@ -249,12 +260,30 @@ class Dispatcher:
         if doom is not None:
             return self._settle(call, None, doom)
         call.failed += 1
-        if answer.failure.retriable and call.failed <= call.retries:
+        if answer.failure.retriable and call.failed <= call.retries and not call.streaming:
             self._renumber(call)
             self.queued += 1
             self._backoff.set(call.number, now + (call.backoff(call.failed) if call.backoff else 0.0))
             return None
         return self._settle(call, None, answer.failure.error())
+
+    def _began_to_stream(self, worker: _Worker | None, number: int, url: str) -> Outcome | None:
+        """A call waits for the consumer of its stream. The caller has its answer now, and it may be partly
+        consumed: the request's deadline is met, and there is no second attempt.
+        """
+        call = worker.calls.get(number) if worker else None
+        if worker is None or call is None or call.settled or call.streaming or number in worker.doomed:
+            return None
+        call.streaming = True
+        self._deadlines.discard(number)
+        return Outcome(call, None, None, url)
+
+    def _abandoned(self, worker: _Worker | None, number: int, now: float) -> None:
+        """A call's stream has lost its consumer, and does not end: `due` will have it killed."""
+        call = worker.calls.get(number) if worker else None
+        if call is not None:
+            call.abandoned = True
+            self._limits.set(number, now)
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -330,13 +359,16 @@ class Dispatcher:
         worker = self._holder[number]
         call = worker.calls[number]
         runs = running(worker.id)
-        limit = OVERDUE_CHECK if call.settled or call.timeout is None else call.timeout
+        given_up = call.settled or call.abandoned
+        limit = OVERDUE_CHECK if given_up or call.timeout is None else call.timeout
         due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
         if due > now:
             self._limits.set(number, due)
             return None
         if call.settled:
             error: AcommError = CallCancelled(f"call of task {call.task} ran though it was given up")
+        elif call.abandoned:
+            error = CallCancelled(f"the consumer of task {call.task}'s stream has left, and it did not end")
         else:
             error = CallTimeout(f"task {call.task} ran longer than its limit of {limit:g} seconds")
         return self._doom(worker, number, error)
