@@ -51,6 +51,7 @@ WORKERS = {
     "dispatcher": 2,
     "registry": 2,
     "running": 2,
+    "streaming": 2,
     "template": 2,
     "forkserver": 3,
     "worker": 3,

@@ -14,6 +14,7 @@ from workers.calls import RETURNED, STOP, Answer, Job
 from workers.registry import Registry, Retry, Task, task
 from workers.running import context
 from workers.scoreboard import Scoreboard
+from workers.streaming import Place
 from workers.worker import Runnable, Worker
 
 answers_of = msgspec.msgpack.Decoder(list[Answer]).decode
@@ -55,7 +56,7 @@ class Bench:
         self.slot = self.scoreboard.writer(0)
 
     def worker(self, *tasks: Task[..., Any], max_result: int = 1000) -> Worker:
-        return Worker(Registry(tasks), self.socket, self.slot, max_result)  # type: ignore[arg-type]
+        return Worker(Registry(tasks), self.socket, self.slot, max_result, Place())  # type: ignore[arg-type]
 
     def job(self, name: str, args: bytes | None = None, **options: Any) -> Job:
         return Job(next(self.numbers), name, args, options.pop("id", ""), options.pop("attempt", 1), None)

@@ -94,6 +94,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="For requests passed on to other services that bring no timeout.  [default: 600]",
 )
 @click.option(
+    "--stream-expiry",
+    type=float,
+    metavar="SECONDS",
+    help="Time for the reader of a task's stream to come.  [default: 60]",
+)
+@click.option(
     "--config", "file", metavar="FILE", help="Settings in TOML; options and ACOMM_* come before them."
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))

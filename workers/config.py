@@ -12,6 +12,7 @@ import msgspec
 
 from acomm.framing import DEFAULT_MAX_FRAME, LARGEST_MAX_FRAME
 from acomm.socketpath import default_socket
+from acomm.streamsocket import EXPIRY
 from workers.errors import ConfigError
 
 PREFIX = "ACOMM_"
@@ -33,6 +34,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and streams may lead
     besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds, and so is
     `forward_timeout`, for requests to other services that bring no timeout of their own.
+    `stream_expiry` is for how many seconds a task's stream waits for its reader.
     """
 
     modules: tuple[str, ...] = ()
@@ -44,6 +46,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
     drain_timeout: Seconds = 10.0
     forward_timeout: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 600.0
+    stream_expiry: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = EXPIRY
 
     @classmethod
     def load(

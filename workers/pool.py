@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, Answer, Call, Outcome
+from workers.calls import READY, STOP, Answer, Call, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
-from workers.errors import ConfigError, WorkerLost
+from workers.errors import ConfigError, WorkerLost, printable
 from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
 from workers.restarts import RestartBudget
 from workers.scoreboard import Scoreboard, Slot
+from workers.streaming import Place
 from workers.worker import Settings
 
 START_TIMEOUT = 60.0
@@ -85,7 +86,9 @@ class _Worker:
 
 
 class WorkerInfo(NamedTuple):
-    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is progress."""
+    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
+    `note` its own word on that.
+    """
 
     pid: int
     state: str
@@ -95,18 +98,36 @@ class WorkerInfo(NamedTuple):
     seconds: float
     done: float
     total: float
+    note: str
+
+
+class CallInfo(NamedTuple):
+    """A call under way: "queued", "running" or "streaming", and what it says of its progress."""
+
+    state: str
+    task: str
+    seconds: float
+    done: float
+    total: float
+    note: str
 
 
 class Pool:
     """Runs calls in `workers` processes which have imported `modules`.
 
-    `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. `failure`
-    is set when the modules cannot be imported in a worker: nothing runs any more then, and all calls
-    end with WorkerLost.
+    `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
+    made at `place`. `failure` is set when the modules cannot be imported in a worker: nothing runs any more
+    then, and all calls end with WorkerLost.
     """
 
     def __init__(
-        self, modules: Sequence[str], paths: Sequence[str] = (), *, workers: int, max_result: int = 2**26
+        self,
+        modules: Sequence[str],
+        paths: Sequence[str] = (),
+        *,
+        workers: int,
+        max_result: int = 2**26,
+        place: Place | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -114,6 +135,7 @@ class Pool:
         self.paths = tuple(paths)
         self.size = workers
         self.max_result = max_result
+        self.place = place or Place()
         self.failure: str | None = None
         self.restarts = 0
         self.dispatcher = Dispatcher()
@@ -212,6 +234,23 @@ class Pool:
             seconds=now - slot.started if call else 0.0,
             done=slot.done if call else 0.0,
             total=slot.total if call else 0.0,
+            note=printable(slot.note) if call else "",
+        )
+
+    def look(self, call: Call) -> CallInfo:
+        """How far a call is that has not ended."""
+        holder = self.dispatcher.holder(call.number)
+        worker = None if holder is None else self._workers.get(holder)
+        slot = None if worker is None else self._scoreboard.read(worker.slot)
+        if slot is None or slot.call != call.number:
+            return CallInfo("streaming" if call.streaming else "queued", call.task, 0.0, 0.0, 0.0, "")
+        return CallInfo(
+            state="streaming" if call.streaming else "running",
+            task=call.task,
+            seconds=time.monotonic() - slot.started,
+            done=slot.done,
+            total=slot.total,
+            note=printable(slot.note),
         )
 
     # -- the engine's three verbs -------------------------------------------------------------------
@@ -320,7 +359,7 @@ class Pool:
             outcome = self.dispatcher.answered(worker.token, answer, now)
             if outcome is not None:
                 outcomes.append(outcome)
-            elif answer.failure is not None and answer.failure.code == RETURNED:
+            if answer.result is None and not answer.ends:
                 worker.finished -= 1
 
     def _greet(self, worker: _Worker, now: float) -> None:
@@ -374,6 +413,7 @@ class Pool:
             modules=self.modules,
             paths=self.paths,
             max_result=self.max_result,
+            place=self.place,
         )
         try:
             self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
@@ -541,6 +581,8 @@ def _worker_lost(call: Call, worker: _Worker, now: float) -> WorkerLost:
     }
     if worker.running.done or worker.running.total:
         receipt["progress"] = {"done": worker.running.done, "total": worker.running.total}
+        if worker.running.note:
+            receipt["progress"]["note"] = printable(worker.running.note)
     return WorkerLost(f"worker {worker.pid} {how} while it ran task {call.task}", receipt=receipt)
 
 

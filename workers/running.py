@@ -1,24 +1,33 @@
-"""What a task can know of the call that it runs: `context()`."""
+"""What a task can know of the call that it runs, and say of it: `context()`."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from workers.calls import Job
 
 if TYPE_CHECKING:
+    from acomm.streams import StreamFile
     from workers.scoreboard import SlotWriter
 
 
-class Context:
-    """The call that a task runs now."""
+class Context(msgspec.Struct, eq=False):
+    """The call that a task runs now.
 
-    __slots__ = ("_job", "_slot")
+    `cancelled` turns true when nobody wants the rest of a stream any more: its consumer has left, and the
+    call should end. Any other call that is cancelled is killed, without a chance to look.
+    """
 
-    def __init__(self, job: Job, slot: SlotWriter) -> None:
-        self._job = job
-        self._slot = slot
+    _job: Job
+    _slot: SlotWriter
+    cancelled: bool = False
+    _input: StreamFile | None = None
+
+    def __repr__(self) -> str:
+        return f"<Context of {self._job.task}, request {self.request_id!r}, attempt {self.attempt}>"
 
     @property
     def request_id(self) -> str:
@@ -32,15 +41,46 @@ class Context:
 
     @property
     def deadline(self) -> float | None:
-        """When the request times out, on `time.monotonic()`'s clock; None if it does not."""
+        """When the request times out, on `time.monotonic()`'s clock; None if it does not. For a task that
+        streams, the time until its stream begins.
+        """
         return self._job.deadline
 
-    def progress(self, done: float, total: float | None = None) -> None:
-        """Note how far the call is. Costs about 0.2 microseconds, so call it as often as you like."""
-        self._slot.progress(done, total or 0.0)
+    @property
+    def stream(self) -> StreamFile:
+        """The stream that the request brought (its `stream_url`), as a binary file. It is opened at the
+        first use and closed when the call ends. A stream can be read once, so a further attempt may not
+        find it any more.
+
+        Raises LookupError when the request brought none; opening and reading raise ConnectionLost when the
+        stream cannot be had, or is broken.
+        """
+        if self._input is None:
+            if self._job.stream is None:
+                raise LookupError("the request brought no stream: its sender must set a stream URL")
+            self._input = _open_stream(self._job.stream)
+        return self._input
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Note how far the call is, and in a few words (about 100 bytes are kept) at what. Costs about 0.2
+        microseconds, so call it as often as you like.
+        """
+        self._slot.progress(done, total or 0.0, note)
 
 
-_current: ContextVar[tuple[Job, SlotWriter] | None] = ContextVar("workers_call", default=None)
+def _open_stream(url: str) -> StreamFile:
+    from acomm.streams import StreamFile  # most tasks read none
+
+    return StreamFile(url)
+
+
+def leave(context: Context) -> None:
+    """The call has ended: what was opened for it is closed."""
+    if context._input is not None:
+        context._input.close()
+
+
+_current: ContextVar[Context | None] = ContextVar("workers_call", default=None)
 enter = _current.set
 
 
@@ -49,4 +89,4 @@ def context() -> Context:
     current = _current.get()
     if current is None:
         raise RuntimeError("context() is for code that runs as a task in a worker")
-    return Context(*current)
+    return current

@@ -42,6 +42,7 @@ from workers.errors import (
     BadArgs,
     BadRequest,
     Busy,
+    CallCancelled,
     ConfigError,
     Conflict,
     Forbidden,
@@ -53,12 +54,16 @@ from workers.handlerthreads import HandlerThreads
 from workers.pool import Pool
 from workers.recent import Recent, digest
 from workers.registry import RESERVED, Registry, Task
+from workers.streaming import Place
 
 log = logging.getLogger("acomm.supervisor")
 
 START_TIMEOUT = 60.0
 LAST_POSTS = 1.0
 """Seconds that a stopping supervisor gives its last responses to reach their hooks."""
+
+MAX_ASKED = 10_000
+"""Calls whose progress is told at once: some ten milliseconds' work."""
 
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
@@ -97,6 +102,7 @@ class Supervisor:
             workers=self.config.workers,
             # A response is a frame too, and its envelope wants some room.
             max_result=self.config.max_frame - 512,
+            place=_place(self.config),
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
@@ -114,10 +120,13 @@ class Supervisor:
         self._calls: dict[str, Call] = {}
         self._forwarded: set[str] = set()
         self._admitted: dict[tuple[str, Origin], float] = {}
+        self._streams: dict[str, Call] = {}  # answered, and still under way
+        self._stream_ends: Counter[str] = Counter()
         self._verbs: dict[str, Callable[[Any], Any]] = {
             "acomm.tasks": self._tasks_verb,
             "acomm.stats": self._stats_verb,
             "acomm.cancel": self._cancel_verb,
+            "acomm.progress": self._progress_verb,
         }
         self._counts: Counter[str] = Counter()
         self._drive_due = False
@@ -186,7 +195,7 @@ class Supervisor:
 
     async def stop(self, drain_timeout: float | None = None) -> None:
         """Refuse new requests, finish those that were accepted within `drain_timeout` seconds (None: as
-        configured), answer the rest with `shutting_down`, and end.
+        configured), answer the rest with `shutting_down`, break off the streams that are left, and end.
         """
         if self._released:
             return
@@ -195,7 +204,7 @@ class Supervisor:
         self.draining = True
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
-        if (self._calls or self._forwarded) and drain_timeout > 0:
+        if (self._calls or self._forwarded or self._streams) and drain_timeout > 0:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
@@ -204,6 +213,8 @@ class Supervisor:
         for id in list(self._forwarded):
             error = ShuttingDown("the supervisor stopped before the other service answered")
             self.tracker.settle(Response(id, error=error))
+        for id in list(self._streams):
+            self._end_stream(id, ShuttingDown("the supervisor stopped before the stream ended"))
         deadline = max(deadline, self._loop.time() + LAST_POSTS)
         await self.tracker.finish(deadline - self._loop.time() - LAST_POSTS / 2)
         with contextlib.suppress(TimeoutError):
@@ -348,15 +359,22 @@ class Supervisor:
             return
         if self.draining:
             raise ShuttingDown("the supervisor is stopping")
+        if request.id in self._streams:  # which may outlast what is remembered of it
+            raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
         if request.task_url is not None and request.task_url != self.url:
             self._forward(request, content, origin, resolve)
             return
         task = self._task(request.task)
         self._check_handlers(request, origin)
         task.check_args(request.args)
+        if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
+            raise BadRequest(
+                f"task {task.name} streams, and nobody could learn where: "
+                "send a response hook, in generation 2 or 3"
+            )
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        call = _call(request, task)
+        call = _call(request, task, origin)
         self.pool.submit(call)
         self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
         self._recent.begin(request.id, content)
@@ -453,8 +471,10 @@ class Supervisor:
         and go on in a moment.
         """
         log.exception("the pool failed")
-        for id in [id for id, call in self._calls.items() if call.settled]:
+        for id in [id for id, call in self._calls.items() if call.settled or call.streaming]:
             self._end(id, Response(id, error=AcommError(_INTERNAL)))
+        for id in [id for id, call in self._streams.items() if call.settled]:
+            self._end_stream(id, AcommError(_INTERNAL))
         self._loop.remove_reader(self.pool.fileno())
         self._pause = self._loop.call_later(_AFTER_FAULT, self._drive_on)
 
@@ -473,8 +493,13 @@ class Supervisor:
 
     def _ended(self, outcome: Outcome) -> None:
         request: Request = outcome.call.tag
-        result = None if outcome.result is None else msgspec.Raw(outcome.result)
-        self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
+        if outcome.stream is not None:
+            self._began_to_stream(request, outcome.call, outcome.stream)
+        elif outcome.call.streaming:
+            self._end_stream(request.id, outcome.error)
+        else:
+            result = None if outcome.result is None else msgspec.Raw(outcome.result)
+            self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
 
     def _end(self, id: str, response: Response) -> None:
         if self._calls.pop(id, None) is None:
@@ -487,10 +512,43 @@ class Supervisor:
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
-        if not self._calls and not self._forwarded and self._idle is not None:
-            self._idle.set()
+        self._look_idle()
         self._counts["ok" if response.error is None else response.error.code] += 1
         self._recent.finish(response, time.monotonic())
+
+    def _look_idle(self) -> None:
+        if not (self._calls or self._forwarded or self._streams) and self._idle is not None:
+            self._idle.set()
+
+    # -- streams ------------------------------------------------------------------------------------
+
+    def _began_to_stream(self, request: Request, call: Call, url: str) -> None:
+        """A call waits for the consumer of its stream: answer the request, and go on keeping the call."""
+        if request.id not in self._calls:
+            return
+        self._streams[request.id] = call
+        format = self.registry[call.task].stream_format
+        url = self._stream_url(request, url)
+        response = Response.to(request, stream_url=url, stream_format=format)
+        self._end(request.id, response)
+
+    def _stream_url(self, request: Request, url: str) -> str:
+        """Where the caller of `request` finds the stream that a worker makes at `url`."""
+        return url
+
+    def _end_stream(self, id: str, error: AcommError | None) -> None:
+        """A stream has ended. Its caller has its answer; what went wrong since is for its reader, who sees
+        the stream broken, and for the log.
+        """
+        call = self._streams.pop(id, None)
+        if call is None:
+            return
+        self._look_idle()
+        self._stream_ends["ok" if error is None else error.code] += 1
+        if error is not None:
+            level = logging.INFO if isinstance(error, CallCancelled) else logging.ERROR
+            what = f"the stream of task {call.task}, request {printable(id)}, ended early"
+            log.log(level, "%s: %s [%s]", what, printable(error), error.code)
 
     # -- control verbs ------------------------------------------------------------------------------
 
@@ -510,12 +568,10 @@ class Supervisor:
 
     def _cancel_verb(self, request: Request) -> bool:
         """Cancel the request whose id is the argument: `["id"]`, `{"id": ...}` or `"id"`."""
-        given = None if request.args is None else parse(memoryview(request.args), "args")
-        values = list(given.values()) if isinstance(given, dict) else given
-        ids = values if isinstance(values, list) else [values]
+        ids = _arguments(request)
         if len(ids) != 1 or not isinstance(ids[0], str):
             raise BadArgs("acomm.cancel takes the id of one request")
-        call = self._calls.get(ids[0])
+        call = self._calls.get(ids[0]) or self._streams.get(ids[0])
         if call is None:
             return False
         outcome = self.pool.cancel(call.number)
@@ -523,6 +579,18 @@ class Supervisor:
             self._ended(outcome)
         self._set_timer()
         return True
+
+    def _progress_verb(self, request: Request) -> dict[str, Any]:
+        """How far the requests are whose ids are the arguments, in a list or one by one; those that are not
+        under way are left out.
+        """
+        ids = _arguments(request)
+        if len(ids) == 1 and isinstance(ids[0], list):
+            ids = ids[0]
+        if len(ids) > MAX_ASKED or not all(isinstance(id, str) for id in ids):
+            raise BadArgs(f"acomm.progress takes a list of ids of requests, {MAX_ASKED} at most")
+        calls = {id: self._calls.get(id) or self._streams.get(id) for id in ids}
+        return {id: self.pool.look(call)._asdict() for id, call in calls.items() if call is not None}
 
     def _stats_verb(self, request: Request) -> dict[str, Any]:
         return self.stats()
@@ -540,6 +608,7 @@ class Supervisor:
             "forwarded": len(self._forwarded),
             "queued": calls.queued,
             "assigned": calls.assigned,
+            "streams": {"open": len(self._streams), **self._stream_ends},
             "connections": self.listener.connections,
             "hooks": {
                 "delivered": delivery.delivered,
@@ -553,7 +622,23 @@ class Supervisor:
         }
 
 
-def _call(request: Request, task: Task[..., Any]) -> Call:
+def _arguments(request: Request) -> list[Any]:
+    """The arguments of a control verb, by position: an object's values in their order, a value by itself."""
+    given = None if request.args is None else parse(memoryview(request.args), "args")
+    values = list(given.values()) if isinstance(given, dict) else given
+    return values if isinstance(values, list) else [values]
+
+
+def _place(config: Config) -> Place:
+    """Where workers make their streams: where those who may connect to us can reach them."""
+    if config.socket_mode == 0o600:
+        return Place(expiry=config.stream_expiry)
+    folder = os.path.dirname(os.path.abspath(config.socket))
+    group = config.allow_gid[0] if config.socket_mode == 0o660 else None
+    return Place(folder, config.socket_mode, group, config.stream_expiry)
+
+
+def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
     retry = task.retry
     return Call(
         task.name,
@@ -566,6 +651,8 @@ def _call(request: Request, task: Task[..., Any]) -> Call:
         retries=retry.times if retry else 0,
         crashes=retry.crashes if retry else 0,
         backoff=retry.delay if retry else None,
+        stream_url=request.stream_url,
+        uid=origin.uid,
     )
 
 

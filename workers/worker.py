@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import math
 import signal
 import threading
@@ -23,11 +24,13 @@ from typing import Any
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, Answer, Failure, Job
+from workers import streaming
+from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, TooLarge
 from workers.registry import Registry, Task, encode_result
-from workers.running import enter
+from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
+from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
 
 HOLD = 0.0002
 """Seconds that a finished answer may wait for others: sending one costs about a tenth of it."""
@@ -40,6 +43,7 @@ MAX_MESSAGE, MAX_TRACEBACK = 2000, 20_000
 """Characters of an exception's text that travel."""
 
 _LINGER_MS = 2000
+_OWN_FILES = (__file__, streaming.__file__)
 
 _jobs = msgspec.msgpack.Decoder(list[Job])
 _encode = msgspec.msgpack.Encoder().encode
@@ -55,6 +59,7 @@ class Settings(msgspec.Struct):
     modules: tuple[str, ...]
     paths: tuple[str, ...]
     max_result: int
+    place: Place
 
 
 def main(config: bytes, fds: list[int]) -> None:
@@ -71,7 +76,8 @@ def main(config: bytes, fds: list[int]) -> None:
     socket.connect(settings.endpoint)
     try:
         socket.send(READY)
-        Worker(registry, socket, scoreboard.writer(settings.slot), settings.max_result).run()
+        slot = scoreboard.writer(settings.slot)
+        Worker(registry, socket, slot, settings.max_result, settings.place).run()
     finally:
         socket.close()
         context.term()
@@ -81,11 +87,17 @@ class Worker:
     """Runs calls until it is told to stop."""
 
     def __init__(
-        self, registry: Registry, socket: zmq.Socket[bytes], slot: SlotWriter, max_result: int
+        self,
+        registry: Registry,
+        socket: zmq.Socket[bytes],
+        slot: SlotWriter,
+        max_result: int,
+        place: Place,
     ) -> None:
         self._socket = socket
         self._slot = slot
         self._max_result = max_result
+        self._place = place
         self._tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
@@ -131,7 +143,7 @@ class Worker:
             self._slot.end()
             started, now = now, time.monotonic()
             answer.seconds = now - started
-            if runnable is not None:
+            if runnable is not None and not runnable.streams:
                 runnable.learn(answer.seconds)
             self._answers.append(answer)
         with self._lock:
@@ -176,15 +188,49 @@ class Worker:
         if runnable is None:
             failure = Failure("unknown_task", f"the worker does not know the task {job.task}")
             return Answer(job.number, 0.0, None, failure)
-        enter((job, self._slot))
+        context = Context(job, self._slot)
+        enter(context)
         try:
             args, kwargs = runnable.bind(job.args)
+            if runnable.streams:
+                self._stream(job, context, runnable, args, kwargs)
+                return Answer(job.number, 0.0, None)
             result = encode_result(runnable.call(*args, **kwargs), self._max_result)
-        except TooLarge as error:
+        except (TooLarge, ConsumerLeft, NoConsumer) as error:
             return Answer(job.number, 0.0, None, Failure(error.code, error.message))
         except BaseException as error:  # SystemExit too: a task ends itself, never its worker
             return Answer(job.number, 0.0, None, _failure(error, runnable.retry_on))
+        finally:
+            leave(context)
         return Answer(job.number, 0.0, result)
+
+    def _stream(
+        self, job: Job, context: Context, runnable: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run a generator once somebody has come for what it yields."""
+
+        def left() -> None:
+            context.cancelled = True
+
+        def abandoned() -> None:
+            self._tell(Answer(job.number, 0.0, None, Failure(ABANDONED, "")))
+
+        with Producer(self._place, job.uid, left, abandoned) as producer:
+            self._tell(Answer(job.number, 0.0, None, stream=producer.url))
+            producer.accept()
+            items = runnable.call(*args, **kwargs)
+            if runnable.is_async:
+                self._run_coroutine(producer.send_async_items, items)
+            else:
+                producer.send_items(items)
+            producer.finish()
+
+    def _tell(self, answer: Answer) -> None:
+        """Answer at once, while the call runs."""
+        with self._lock:
+            if self._begun:
+                self._answers.append(answer)
+                self._flush()
 
     def _run_coroutine(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._runner is None:
@@ -202,7 +248,7 @@ class Worker:
 class Runnable:
     """A task as the worker uses it: everything looked up once."""
 
-    __slots__ = ("bind", "call", "expected", "retry_on")
+    __slots__ = ("bind", "call", "expected", "is_async", "retry_on", "streams")
 
     def __init__(self, task: Task[..., Any], run_coroutine: Callable[..., Any]) -> None:
         function = task.function
@@ -210,6 +256,8 @@ class Runnable:
         self.retry_on: tuple[type[BaseException], ...] = task.retry.on if task.retry else ()
         self.expected = math.inf
         self.call: Callable[..., Any] = function
+        self.streams = task.streams
+        self.is_async = task.streams and inspect.isasyncgenfunction(function)
         if task.is_coroutine:
             self.call = lambda *args, **kwargs: run_coroutine(function, *args, **kwargs)
 
@@ -226,8 +274,9 @@ def _failure(error: BaseException, retry_on: tuple[type[BaseException], ...]) ->
     except BaseException as why:
         text = f"<its text cannot be had: {type(why).__name__[:200]}>"
     try:
-        # The first frame is ours.
-        trail = error.__traceback__.tb_next if error.__traceback__ else None
+        trail = error.__traceback__
+        while trail is not None and trail.tb_frame.f_code.co_filename in _OWN_FILES:
+            trail = trail.tb_next
         trace = _sound("".join(traceback.format_exception(type(error), error, trail))[-MAX_TRACEBACK:])
     except BaseException:
         trace = None
