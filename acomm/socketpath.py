@@ -48,16 +48,19 @@ def _sweep(folder: str, prefix: str) -> None:
             if entry.name.startswith(prefix + "-") and entry.name.endswith(".sock.lock"):
                 with contextlib.suppress(OSError, ConfigError):
                     if entry.stat(follow_symlinks=False).st_mtime < young:
-                        remove_dead(entry.path.removesuffix(".lock"))
+                        path = entry.path.removesuffix(".lock")
+                        lock = _lock(path)
+                        try:
+                            _remove_dead(path)
+                        finally:
+                            _unlock(path, lock)
 
 
-def remove_dead(path: str) -> None:
-    """Remove what a dead owner has left at `path`. Raises AddressInUse when its owner is alive."""
-    lock = _lock(path)
-    try:
-        _remove_dead(path)
-    finally:
-        _unlock(path, lock)
+def discard(path: str) -> None:
+    """Remove what the owner of a private path has left there: it is dead, or is to serve nobody any more."""
+    for name in (path, path + ".lock"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def check_folder(folder: str) -> None:

@@ -29,6 +29,12 @@ def bind(folder: str | None, mode: int = 0o600) -> socketpath.BoundSocket:
     return socketpath.bind(socketpath.private_path(_KIND, folder), mode)
 
 
+def discard(path: str) -> None:
+    """Remove what a producer that was killed may have left at `path`."""
+    if is_checked(path):
+        socketpath.discard(path)
+
+
 def is_checked(path: str) -> bool:
     """Whether the producer at `path` expects a byte from its reader."""
     return os.path.basename(path).startswith(f"{_KIND}-")

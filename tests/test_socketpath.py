@@ -302,3 +302,12 @@ def test_private_sockets_that_dead_processes_left_are_removed(
         assert left == {Path(alive.path).name, Path(alive.path).name + ".lock", fresh.name}
     finally:
         alive.release()
+
+
+def test_what_the_owner_of_a_private_path_left_can_be_discarded(tmp_path: Path) -> None:
+    bound = socketpath.bind(socketpath.private_path("x", str(tmp_path)))
+    assert os.path.dirname(bound.path) == str(tmp_path)
+    socketpath.discard(bound.path)
+    socketpath.discard(bound.path)
+    assert list(tmp_path.iterdir()) == []
+    bound.release()

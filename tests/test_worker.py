@@ -1,15 +1,20 @@
 """The worker in this process: a socket that is a list, a scoreboard, and tasks that do their worst."""
 
 import asyncio
+import contextlib
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
+from acomm.errors import ConnectionLost
+from acomm.streams import StreamFile
 from workers.calls import RETURNED, STOP, Answer, Job
 from workers.registry import Registry, Retry, Task, task
 from workers.running import context
@@ -139,12 +144,12 @@ def test_context(bench: Bench) -> None:
     @task
     def look() -> None:
         here = context()
-        here.progress(1, 2)
+        here.progress(1, 2, "half-way")
         seen.append((here.request_id, here.attempt, here.deadline, bench.scoreboard.read(0)[2:]))
 
     worker = bench.worker(look)
     bench.run(worker, [Job(7, "look", None, "an id", 3, 12.5)])
-    assert seen == [("an id", 3, 12.5, (1.0, 2.0))]
+    assert seen == [("an id", 3, 12.5, (1.0, 2.0, "half-way"))]
 
 
 def test_context_outside_of_a_task() -> None:
@@ -386,3 +391,129 @@ def test_a_call_begins_in_the_scoreboard_before_it_runs(bench: Bench) -> None:
     jobs = [bench.job("look"), bench.job("look")]
     bench.run(bench.worker(look), jobs)
     assert seen == [(job.number, True) for job in jobs]
+
+
+# -- streams
+
+
+@pytest.fixture
+def consumer(
+    bench: Bench, folder_for_all: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., list[bytes]]]:
+    """`consumer(worker, count)` reads, in a thread, the streams of the next `count` calls."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder_for_all))
+    threads: list[threading.Thread] = []
+
+    def start(count: int) -> list[bytes]:
+        got: list[bytes] = []
+
+        def read() -> None:
+            for number in range(count):
+                with bench.socket.changed:
+                    assert bench.socket.changed.wait_for(lambda n=number: len(urls()) > n, 30)  # type: ignore[misc]
+                with contextlib.suppress(ConnectionLost), StreamFile(urls()[number]) as file:
+                    got.append(b"")
+                    while data := file.read1():
+                        got[-1] += data
+
+        def urls() -> list[str]:
+            return [answer.stream for sent in bench.socket.sent for answer in sent if answer.stream]
+
+        threads.append(threading.Thread(target=read, daemon=True))
+        threads[-1].start()
+        return got
+
+    yield start
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_generator_answers_twice_and_its_neighbours_once(
+    bench: Bench, consumer: Callable[..., list[bytes]]
+) -> None:
+    @task
+    def items(number: int) -> Iterator[str]:
+        for n in range(number):
+            yield f"{context().request_id} {n}"
+
+    @task
+    async def async_items(number: int) -> AsyncIterator[str]:
+        for n in range(number):
+            await asyncio.sleep(0)
+            yield f"{context().request_id} {n}"
+
+    @task
+    def plain() -> str:
+        return context().request_id
+
+    worker = bench.worker(items, async_items, plain)
+    names = [("plain", None), ("items", b"[2]"), ("plain", None), ("async_items", b"[1]"), ("plain", None)]
+    jobs = [bench.job(name, args, id=f"id {n}") for n, (name, args) in enumerate(names)]
+    got = consumer(2)
+    answers = bench.run(worker, *([job] for job in jobs))
+    assert [answer.number for answer in answers] == [1, 2, 2, 3, 4, 4, 5]
+    assert [bool(answer.stream) for answer in answers] == [False, True, False, False, True, False, False]
+    assert [answer.result for answer in answers] == [
+        b'"id 0"', None, None, b'"id 2"', None, None, b'"id 4"'
+    ]  # fmt: skip
+    assert all(answer.failure is None for answer in answers)
+    assert got == [b'"id 1 0"\n"id 1 1"\n', b'"id 3 0"\n']
+
+
+def test_the_traceback_of_a_generator_begins_in_it(
+    bench: Bench, consumer: Callable[..., list[bytes]]
+) -> None:
+    @task
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("no")
+
+    got = consumer(1)
+    started, ended = bench.run(bench.worker(items), [bench.job("items")])
+    assert started.stream and ended.failure and ended.failure.traceback
+    assert "line" in ended.failure.traceback and "workers/" not in ended.failure.traceback
+    assert got == [b"1\n"]
+
+
+def test_a_stream_without_a_socket_is_an_ordinary_failure(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
+
+    @task
+    def items() -> Iterator[int]:
+        yield 1
+
+    (answer,) = bench.run(bench.worker(items), [bench.job("items")])
+    assert answer.stream is None and answer.failure and answer.failure.type == "ConfigError"
+
+
+def test_what_a_call_knows_of_its_stream(bench: Bench, tmp_path: Path) -> None:
+    kept: list[Any] = []
+
+    @task
+    def reads(path: str) -> None:
+        kept.append(context())
+        kept.append(context().stream.read(2))
+        kept.append(context().stream)
+        assert not context().cancelled
+
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+
+        def serve() -> None:
+            with listener.accept()[0] as conn:
+                conn.sendall(b"abcd")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        job = bench.job("reads", b'["x"]', id="one")
+        job.stream = f"unix://{tmp_path}/s"
+        (answer,) = bench.run(bench.worker(reads), [job])
+        thread.join()
+    assert answer.failure is None and kept[1] == b"ab"
+    assert kept[2].closed
+    assert repr(kept[0]) == "<Context of reads, request 'one', attempt 1>"

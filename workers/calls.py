@@ -80,8 +80,8 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
     submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
-    and `uid` are for the Job; `streaming` is set once the call has a stream of its own, and `abandoned` when
-    that has lost its consumer.
+    and `uid` are for the Job. `streaming` is the URL of the call's own stream once it has one; `abandoned`
+    is set when that has lost its consumer.
     """
 
     task: str
@@ -101,7 +101,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     crashed: int = 0
     cost: float = 0.0
     settled: bool = False
-    streaming: bool = False
+    streaming: str = ""
     abandoned: bool = False
 
     @property

@@ -274,7 +274,7 @@ class Dispatcher:
         call = worker.calls.get(number) if worker else None
         if worker is None or call is None or call.settled or call.streaming or number in worker.doomed:
             return None
-        call.streaming = True
+        call.streaming = url
         self._deadlines.discard(number)
         return Outcome(call, None, None, url)
 

@@ -56,9 +56,7 @@ class Context(msgspec.Struct, eq=False):
         stream cannot be had, or is broken.
         """
         if self._input is None:
-            if self._job.stream is None:
-                raise LookupError("the request brought no stream: its sender must set a stream URL")
-            self._input = _open_stream(self._job.stream)
+            self._input = _open_stream(self._job)
         return self._input
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
@@ -68,10 +66,12 @@ class Context(msgspec.Struct, eq=False):
         self._slot.progress(done, total or 0.0, note)
 
 
-def _open_stream(url: str) -> StreamFile:
+def _open_stream(job: Job) -> StreamFile:
     from acomm.streams import StreamFile  # most tasks read none
 
-    return StreamFile(url)
+    if job.stream is None:
+        raise LookupError("the request brought no stream: its sender must set a stream URL")
+    return StreamFile(job.stream)
 
 
 def leave(context: Context) -> None:

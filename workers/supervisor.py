@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from acomm import handlers
+from acomm import handlers, streamsocket
 from acomm.egress import Origin, Policy
 from acomm.errors import AcommError
 from acomm.jsontext import parse
@@ -546,6 +546,7 @@ class Supervisor:
         self._look_idle()
         self._stream_ends["ok" if error is None else error.code] += 1
         if error is not None:
+            streamsocket.discard(unix_path(call.streaming) or "")
             level = logging.INFO if isinstance(error, CallCancelled) else logging.ERROR
             what = f"the stream of task {call.task}, request {printable(id)}, ended early"
             log.log(level, "%s: %s [%s]", what, printable(error), error.code)
