@@ -22,15 +22,22 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def block_with(text: str) -> str:
+    """The one program in the guide that has `text` in it."""
+    (block,) = [block for block in blocks("docs/guide.md", "python") if text in block]
+    return block
+
+
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """A supervisor with the tasks of the README and the guide; the environment to call it."""
     (tmp_path / "sums.py").write_text(blocks("README.md", "python")[0])
     guide = tmp_path / "guide.py"
     guide.write_text(blocks("docs/guide.md", "python")[0].replace("...", "return path"))
+    (tmp_path / "flows.py").write_text(block_with("def squares"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with launch("sums", "guide", workers=2, drain_timeout=5) as client:
+    with launch("sums", "guide", "flows", workers=2, drain_timeout=5) as client:
         yield {**os.environ, "ACOMM_URL": client.url, "PYTHONPATH": str(tmp_path)}
 
 
@@ -73,6 +80,15 @@ def test_the_programs_in_the_guide_run(served: dict[str, str], number: int) -> N
     done = run([sys.executable, "-W", "error", "-c", program], served)
     assert done.returncode == 0, done.stderr
     assert "3" in done.stdout
+
+
+@pytest.mark.process
+def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, str]) -> None:
+    program = (
+        block_with("async def read(") + "\nimport asyncio, os\nasyncio.run(read(os.environ['ACOMM_URL']))\n"
+    )
+    done = run([sys.executable, "-W", "error", "-c", program], served)
+    assert done.stdout.splitlines() == ["['0', '1', '4']", "2"], done.stderr
 
 
 def test_every_document_that_is_linked_exists() -> None:
