@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workers.scoreboard import SlotWriter
 
 
-class Context(msgspec.Struct, eq=False):
+class Context(msgspec.Struct, eq=False, gc=False):
     """The call that a task runs now.
 
     `cancelled` turns true when nobody wants the rest of a stream any more: its consumer has left, and the

@@ -50,6 +50,11 @@ LINGER = 5.0
 readers that send none and are slow to close; the worker must not wait for those for long."""
 
 
+LAST_LOOK = 1.0
+"""Seconds that a broken stream waits for its reader's byte, which tells that the reader will see the break
+behind what was yielded. Without the byte it would still see it, but perhaps before."""
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where a supervisor's workers make their stream sockets, and for how long.
 
@@ -220,6 +225,7 @@ class Producer:
             if error is not None and not self._left:
                 with contextlib.suppress(ConsumerLeft):
                     self._flush()
+                    _await_byte(self._sock)
         finally:
             self._stop_helper()
             self._sock.close()
@@ -332,3 +338,9 @@ class Producer:
         self._ended.set()
         os.eventfd_write(self._wake_fd, 1)
         self._helper.join()
+
+
+def _await_byte(sock: socket.socket) -> None:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    poller.poll(LAST_LOOK * 1000)
