@@ -30,6 +30,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.modules, config.allow_uid, config.allow_gid) == ((), (), ())
     assert config.max_frame == 64 * 1024 * 1024
     assert config.drain_timeout == 10
+    assert config.stream_expiry == 60
 
 
 def test_the_command_line_comes_before_the_environment_and_that_before_the_file(toml: Path) -> None:

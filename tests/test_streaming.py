@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -176,12 +177,19 @@ def test_a_stream_that_nobody_wants_ends_unrun(folder: Path) -> None:
     assert not begun and list(folder.iterdir()) == []
 
 
+def test_a_consumer_may_take_its_time(folder: Path) -> None:
+    stage = Stage(counting(1), expiry=1e9)
+    with StreamFile(stage.url) as file:
+        assert file.read() == b"0\n"
+    assert stage.end() is None
+
+
 def test_who_came_in_time_is_served_though_we_were_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stop that lasts past the expiry, told by a clock: the connection waits in the backlog by then."""
     producer = Producer(Place(expiry=60.0), None, lambda: None, lambda: None)
-    times = iter([0.0, 100.0])
+    times = itertools.chain([0.0], itertools.repeat(100.0))
     monkeypatch.setattr(streaming.time, "monotonic", lambda: next(times))
     with StreamFile(producer.url) as file, producer:
         producer.accept()

@@ -33,6 +33,8 @@ from workers.errors import CallCancelled, CallTimeout, ConfigError
 
 log = logging.getLogger("acomm.streams")
 
+_LONGEST_POLL = 86_400.0  # seconds; the kernel counts milliseconds in 31 bits
+
 COALESCED = 64 * 1024
 """Bytes of pending items that are sent at once; an item of that size goes by itself."""
 
@@ -105,7 +107,8 @@ class Producer:
         self._pending: list[bytes | memoryview] = []
         self._size = 0  # of what the main thread has added since it last flushed
         self._awake = False  # the helper will look at what is pending by itself
-        self._sock: socket.socket | None = None
+        self._helper = threading.Thread(target=self._help, name="acomm-stream", daemon=True)
+        self._made: contextlib.ExitStack | None = None  # what there is from the consumer's coming
         self._bound = streamsocket.bind(place.folder, place.mode)
         if place.group is not None:
             try:
@@ -120,25 +123,34 @@ class Producer:
     def accept(self) -> None:
         """Wait for the consumer. Raises NoConsumer if there is none in time."""
         deadline = time.monotonic() + self._expiry
+        sock: socket.socket | None = None
         try:
-            while self._sock is None:
+            while sock is None:
                 late = self._await_connection(deadline)
                 # Also when it is late: if we were stopped for that long, one may have come in time.
-                self._sock = self._accept()
-                if late and self._sock is None:
+                sock = self._accept()
+                if late and sock is None:
                     raise NoConsumer(f"nobody came for the stream within {self._expiry:g} seconds")
         finally:
             self._bound.release()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._helper = threading.Thread(target=self._help, name="acomm-stream", daemon=True)
-        self._helper.start()
+        with contextlib.ExitStack() as made:
+            self._sock = made.enter_context(sock)
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            made.callback(os.close, self._wake_fd)
+            self._poller = made.enter_context(select.epoll())
+            self._poller.register(sock, 0)  # nothing but the hang-up, which is always told
+            self._poller.register(self._wake_fd, select.EPOLLIN)
+            self._helper.start()
+            self._made = made.pop_all()
 
     def _await_connection(self, deadline: float) -> bool:
-        """Whether the deadline has passed."""
+        """Wait until there is a connection, or for long; whether the deadline has passed."""
         patience = deadline - time.monotonic()
-        poller = select.poll()
-        poller.register(self._bound.socket, select.POLLIN)
-        return patience <= 0 or not poller.poll(patience * 1000)
+        if patience > 0:
+            poller = select.poll()
+            poller.register(self._bound.socket, select.POLLIN)
+            poller.poll(min(patience, _LONGEST_POLL) * 1000)
+        return time.monotonic() >= deadline
 
     def _accept(self) -> socket.socket | None:
         try:
@@ -201,7 +213,6 @@ class Producer:
         self._flush()
         self._stop_helper()
         sock = self._sock
-        assert sock is not None
         try:
             sock.shutdown(socket.SHUT_WR)
             sock.settimeout(LINGER)
@@ -219,7 +230,7 @@ class Producer:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """After an error the stream is broken, behind what was yielded until then."""
-        if self._sock is None:
+        if self._made is None:
             return
         try:
             if error is not None and not self._left:
@@ -228,8 +239,7 @@ class Producer:
                     _await_byte(self._sock)
         finally:
             self._stop_helper()
-            self._sock.close()
-            os.close(self._wake_fd)
+            self._made.close()
 
     # -- sending ------------------------------------------------------------------------------------
 
@@ -258,7 +268,6 @@ class Producer:
 
     def _flush(self) -> None:
         """Send all that is pending. Raises ConsumerLeft."""
-        assert self._sock is not None
         with self._lock:
             try:
                 self._sock.sendall(self._take())
@@ -267,7 +276,6 @@ class Producer:
 
     def _flush_now(self) -> bool:
         """Send what can be sent without waiting; whether that is all. Raises ConsumerLeft."""
-        assert self._sock is not None
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -299,14 +307,11 @@ class Producer:
 
     def _help(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the task's
-        assert self._sock is not None
         sock_fd, wake_fd = self._sock.fileno(), self._wake_fd
-        with select.epoll() as poller, contextlib.suppress(ConsumerLeft):
-            poller.register(sock_fd, 0)  # nothing but the hang-up, which is always told
-            poller.register(wake_fd, select.EPOLLIN)
+        with contextlib.suppress(ConsumerLeft):
             patience: float | None = None
             while True:
-                found = {fd for fd, _ in poller.poll(patience)}
+                found = {fd for fd, _ in self._poller.poll(patience)}
                 if self._ended.is_set():
                     return
                 if sock_fd in found:
