@@ -24,7 +24,7 @@ from serving import Fifo, Hook, Served, environment, request
 
 import acomm
 from acomm import Request, Response, Tracker
-from acomm.errors import AcommError, BadArgs, ConfigError, Conflict, ConnectionLost, TaskError
+from acomm.errors import BadArgs, ConfigError, Conflict, ConnectionLost, TaskError
 from acomm.streams import StreamFile
 from workers import Supervisor, streaming
 from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
@@ -669,7 +669,8 @@ class TestStreamsOfRequests:
 
     def test_one_that_is_not_there(self, caller: Caller, tmp_path: Path) -> None:
         error = caller.ask("digest", stream_url=f"unix://{tmp_path}/missing").error
-        assert isinstance(error, AcommError)
+        assert isinstance(error, TaskError) and error.type == "ConnectionLost"
+        assert "cannot reach the stream" in str(error)
 
     def test_none(self, caller: Caller) -> None:
         error = caller.ask("digest").error

@@ -5,7 +5,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -396,42 +396,44 @@ def test_a_call_begins_in_the_scoreboard_before_it_runs(bench: Bench) -> None:
 # -- streams
 
 
+class Consumer:
+    """Reads, in a thread, the streams that the worker on the bench tells of, until there were `count`."""
+
+    def __init__(self, socket: FakeSocket, count: int) -> None:
+        self._socket = socket
+        self._count = count
+        self._got: list[bytes] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _urls(self) -> list[str]:
+        return [answer.stream for sent in self._socket.sent for answer in sent if answer.stream]
+
+    def _read(self) -> None:
+        for number in range(self._count):
+            with self._socket.changed:
+                while len(self._urls()) <= number:
+                    assert self._socket.changed.wait(30)
+            got = bytearray()
+            with contextlib.suppress(ConnectionLost), StreamFile(self._urls()[number]) as file:
+                while data := file.read1():
+                    got += data
+            self._got.append(bytes(got))
+
+    def got(self) -> list[bytes]:
+        """What was in each."""
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        return self._got
+
+
 @pytest.fixture
-def consumer(
-    bench: Bench, folder_for_all: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., list[bytes]]]:
-    """`consumer(worker, count)` reads, in a thread, the streams of the next `count` calls."""
+def runtime(folder_for_all: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder_for_all))
-    threads: list[threading.Thread] = []
-
-    def start(count: int) -> list[bytes]:
-        got: list[bytes] = []
-
-        def read() -> None:
-            for number in range(count):
-                with bench.socket.changed:
-                    assert bench.socket.changed.wait_for(lambda n=number: len(urls()) > n, 30)  # type: ignore[misc]
-                with contextlib.suppress(ConnectionLost), StreamFile(urls()[number]) as file:
-                    got.append(b"")
-                    while data := file.read1():
-                        got[-1] += data
-
-        def urls() -> list[str]:
-            return [answer.stream for sent in bench.socket.sent for answer in sent if answer.stream]
-
-        threads.append(threading.Thread(target=read, daemon=True))
-        threads[-1].start()
-        return got
-
-    yield start
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
+    return folder_for_all
 
 
-def test_a_generator_answers_twice_and_its_neighbours_once(
-    bench: Bench, consumer: Callable[..., list[bytes]]
-) -> None:
+def test_a_generator_answers_twice_and_its_neighbours_once(bench: Bench, runtime: Path) -> None:
     @task
     def items(number: int) -> Iterator[str]:
         for n in range(number):
@@ -450,7 +452,7 @@ def test_a_generator_answers_twice_and_its_neighbours_once(
     worker = bench.worker(items, async_items, plain)
     names = [("plain", None), ("items", b"[2]"), ("plain", None), ("async_items", b"[1]"), ("plain", None)]
     jobs = [bench.job(name, args, id=f"id {n}") for n, (name, args) in enumerate(names)]
-    got = consumer(2)
+    consumer = Consumer(bench.socket, 2)
     answers = bench.run(worker, *([job] for job in jobs))
     assert [answer.number for answer in answers] == [1, 2, 2, 3, 4, 4, 5]
     assert [bool(answer.stream) for answer in answers] == [False, True, False, False, True, False, False]
@@ -458,22 +460,20 @@ def test_a_generator_answers_twice_and_its_neighbours_once(
         b'"id 0"', None, None, b'"id 2"', None, None, b'"id 4"'
     ]  # fmt: skip
     assert all(answer.failure is None for answer in answers)
-    assert got == [b'"id 1 0"\n"id 1 1"\n', b'"id 3 0"\n']
+    assert consumer.got() == [b'"id 1 0"\n"id 1 1"\n', b'"id 3 0"\n']
 
 
-def test_the_traceback_of_a_generator_begins_in_it(
-    bench: Bench, consumer: Callable[..., list[bytes]]
-) -> None:
+def test_the_traceback_of_a_generator_begins_in_it(bench: Bench, runtime: Path) -> None:
     @task
     def items() -> Iterator[int]:
         yield 1
         raise ValueError("no")
 
-    got = consumer(1)
+    consumer = Consumer(bench.socket, 1)
     started, ended = bench.run(bench.worker(items), [bench.job("items")])
     assert started.stream and ended.failure and ended.failure.traceback
     assert "line" in ended.failure.traceback and "workers/" not in ended.failure.traceback
-    assert got == [b"1\n"]
+    assert consumer.got() == [b"1\n"]
 
 
 def test_a_stream_without_a_socket_is_an_ordinary_failure(
