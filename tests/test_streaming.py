@@ -565,15 +565,6 @@ class TestBroken:
                 file.read()
         served.until(one_more(before, "timeout"))
 
-    def test_the_limit_of_a_request_is_met_by_its_answer(
-        self, served: Served, caller: Caller, started: Fifo, release: Fifo
-    ) -> None:
-        with caller.open("step", started.path, release.path, timeout=0.2) as file:
-            started.read()
-            served.until(lambda stats: stats["workers"][0]["seconds"] > 0.3)
-            Path(release.path).write_text("\n")
-            assert file.read() == b'"first"\n"second"\n'
-
     def test_cancelled(self, served: Served, caller: Caller, started: Fifo) -> None:
         before = ends(served)
         with caller.open("stubborn", started.path, id="mine") as file:
