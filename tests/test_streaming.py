@@ -270,6 +270,32 @@ def test_a_consumer_that_leaves_is_noticed_between_writes(folder: Path) -> None:
     assert isinstance(stage.end(), ConsumerLeft)
 
 
+def test_a_generator_that_ends_because_its_consumer_left_has_not_been_taken_whole(folder: Path) -> None:
+    def items() -> Generator[bytes, None, None]:
+        yield b"1"
+        assert stage.left.wait(WAIT)
+
+    stage = Stage(items())
+    with StreamFile(stage.url) as file:
+        assert file.read(1) == b"1"
+    assert isinstance(stage.end(), ConsumerLeft)
+
+
+async def test_an_asynchronous_generator_that_nobody_is_left_for_does_not_begin(folder: Path) -> None:
+    left = threading.Event()
+
+    async def items() -> Any:
+        raise AssertionError("there is nobody to begin for")
+        yield 1
+
+    with Producer(Place(), None, left.set, lambda: None) as producer:
+        StreamFile(producer.url).close()
+        producer.accept()
+        assert left.wait(WAIT)
+        with pytest.raises(ConsumerLeft):
+            await producer.send_async_items(items())
+
+
 def test_a_call_that_does_not_end_when_its_consumer_has_left_is_given_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,8 @@ class Producer:
         number = 0
         try:
             async with contextlib.aclosing(items):
+                if self._left:  # perhaps too early to be cancelled
+                    raise self._leave()
                 async for item in items:
                     if self._add(number, item) and not self._flush_now():
                         await asyncio.to_thread(self._flush)
@@ -212,6 +214,8 @@ class Producer:
         """
         self._flush()
         self._stop_helper()
+        if self._left:
+            raise self._leave()
         sock = self._sock
         try:
             sock.shutdown(socket.SHUT_WR)
