@@ -25,6 +25,9 @@ from acomm import ConnectionLost, Forbidden, Request, Response, Tracker
 from acomm.channel import Channels, Outgoing
 from acomm.egress import Guard, Origin, Policy
 from acomm.streams import StreamFile, StreamProxy, open_stream, stream
+from workers.calls import Job
+from workers.running import Context, leave
+from workers.scoreboard import Scoreboard
 
 STRANGER = Origin.unix(NOBODY)
 
@@ -176,6 +179,17 @@ async def test_a_stream_of_our_own_passes_and_one_of_others_does_not() -> None:
             await stream(received.append, url, guard=Guard(Policy(), OTHER))
         await stream(received.append, url, guard=Guard(Policy(), OWN))
         assert b"".join(received) == b"data"
+
+
+async def test_a_worker_judges_the_stream_that_a_request_brought() -> None:
+    async with Tracker() as tracker:
+        url = tracker.new_stream_unix(b"data").result
+        slot = Scoreboard.create(1).writer(0)
+        with pytest.raises(Forbidden):
+            _ = Context(Job(1, "t", None, "id", 1, None, url, OTHER), slot, Policy()).stream
+        context = Context(Job(1, "t", None, "id", 1, None, url, OWN), slot, Policy())
+        assert await asyncio.to_thread(context.stream.read) == b"data"
+        leave(context)
 
 
 async def test_a_guarded_stream_file_reads_http() -> None:

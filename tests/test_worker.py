@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import zmq
 
+from acomm.egress import Policy
 from acomm.errors import ConnectionLost
 from acomm.streams import StreamFile
 from workers.calls import RETURNED, STOP, Answer, Job
@@ -61,7 +62,7 @@ class Bench:
         self.slot = self.scoreboard.writer(0)
 
     def worker(self, *tasks: Task[..., Any], max_result: int = 1000) -> Worker:
-        return Worker(Registry(tasks), self.socket, self.slot, max_result, Place())  # type: ignore[arg-type]
+        return Worker(Registry(tasks), self.socket, self.slot, max_result, Place(), Policy())  # type: ignore[arg-type]
 
     def job(self, name: str, args: bytes | None = None, **options: Any) -> Job:
         return Job(next(self.numbers), name, args, options.pop("id", ""), options.pop("attempt", 1), None)

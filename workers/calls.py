@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from acomm.egress import Origin
 from workers.errors import AcommError, from_wire
 
 READY = b"ready"
@@ -28,8 +29,8 @@ ABANDONED = "abandoned"
 
 class Job(msgspec.Struct, array_like=True):
     """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share. `stream` is
-    the stream URL that the request brought; `uid` is who may read the stream that the call makes, besides
-    us and root.
+    the stream URL that the request brought. `origin` is who asked, where it matters: for the stream that
+    the request brought, and for the one that the call makes, which he may read besides us and root.
     """
 
     number: int
@@ -39,7 +40,7 @@ class Job(msgspec.Struct, array_like=True):
     attempt: int
     deadline: float | None
     stream: str | None = None
-    uid: int | None = None
+    origin: Origin | None = None
 
 
 class Failure(msgspec.Struct, array_like=True):
@@ -80,7 +81,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
     submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
-    and `uid` are for the Job. `streaming` is the URL of the call's own stream once it has one; `abandoned`
+    and `origin` are for the Job. `streaming` is the URL of the call's own stream once it has one; `abandoned`
     is set when that has lost its consumer.
     """
 
@@ -95,7 +96,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     crashes: int = 0
     backoff: Any = None  # attempt -> seconds
     stream_url: str | None = None
-    uid: int | None = None
+    origin: Origin | None = None
     number: int = 0
     failed: int = 0
     crashed: int = 0
@@ -118,7 +119,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
             self.attempt,
             self.deadline,
             self.stream_url,
-            self.uid,
+            self.origin,
         )
 
 

@@ -116,8 +116,10 @@ class Pool:
     """Runs calls in `workers` processes which have imported `modules`.
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
-    made at `place`. `failure` is set when the modules cannot be imported in a worker: nothing runs any more
-    then, and all calls end with WorkerLost.
+    made at `place`, and `allow_hook` widens where those may lead that requests bring.
+
+    `failure` is set when the modules cannot be imported in a worker: nothing runs any more then, and all
+    calls end with WorkerLost.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Pool:
         workers: int,
         max_result: int = 2**26,
         place: Place | None = None,
+        allow_hook: Sequence[str] = (),
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -136,6 +139,7 @@ class Pool:
         self.size = workers
         self.max_result = max_result
         self.place = place or Place()
+        self.allow_hook = tuple(allow_hook)
         self.failure: str | None = None
         self.restarts = 0
         self.dispatcher = Dispatcher()
@@ -414,6 +418,7 @@ class Pool:
             paths=self.paths,
             max_result=self.max_result,
             place=self.place,
+            allow_hook=self.allow_hook,
         )
         try:
             self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])

@@ -10,6 +10,7 @@ import msgspec
 from workers.calls import Job
 
 if TYPE_CHECKING:
+    from acomm.egress import Policy
     from acomm.streams import StreamFile
     from workers.scoreboard import SlotWriter
 
@@ -23,6 +24,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
 
     _job: Job
     _slot: SlotWriter
+    _policy: Policy
     cancelled: bool = False
     _input: StreamFile | None = None
 
@@ -53,10 +55,10 @@ class Context(msgspec.Struct, eq=False, gc=False):
         find it any more.
 
         Raises LookupError when the request brought none; opening and reading raise ConnectionLost when the
-        stream cannot be had, or is broken.
+        stream cannot be had, or is broken, and Forbidden when it leads where its sender may not.
         """
         if self._input is None:
-            self._input = _open_stream(self._job)
+            self._input = _open_stream(self._job, self._policy)
         return self._input
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
@@ -66,12 +68,14 @@ class Context(msgspec.Struct, eq=False, gc=False):
         self._slot.progress(done, total or 0.0, note)
 
 
-def _open_stream(job: Job) -> StreamFile:
+def _open_stream(job: Job, policy: Policy) -> StreamFile:
+    """Judged once more, by who has sent the request: what its URL leads to may have changed meanwhile."""
+    from acomm.egress import Guard
     from acomm.streams import StreamFile  # most tasks read none
 
     if job.stream is None:
         raise LookupError("the request brought no stream: its sender must set a stream URL")
-    return StreamFile(job.stream)
+    return StreamFile(job.stream, guard=None if job.origin is None else Guard(policy, job.origin))
 
 
 def leave(context: Context) -> None:

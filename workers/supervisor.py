@@ -103,6 +103,7 @@ class Supervisor:
             # A response is a frame too, and its envelope wants some room.
             max_result=self.config.max_frame - 512,
             place=_place(self.config),
+            allow_hook=self.config.allow_hook,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
@@ -653,7 +654,7 @@ def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
         crashes=retry.crashes if retry else 0,
         backoff=retry.delay if retry else None,
         stream_url=request.stream_url,
-        uid=origin.uid,
+        origin=origin if task.streams or request.stream_url is not None else None,
     )
 
 

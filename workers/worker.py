@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from acomm.egress import Policy
 from workers import streaming
 from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, TooLarge
@@ -60,6 +61,7 @@ class Settings(msgspec.Struct):
     paths: tuple[str, ...]
     max_result: int
     place: Place
+    allow_hook: tuple[str, ...] = ()
 
 
 def main(config: bytes, fds: list[int]) -> None:
@@ -77,7 +79,8 @@ def main(config: bytes, fds: list[int]) -> None:
     try:
         socket.send(READY)
         slot = scoreboard.writer(settings.slot)
-        Worker(registry, socket, slot, settings.max_result, settings.place).run()
+        policy = Policy(settings.allow_hook)
+        Worker(registry, socket, slot, settings.max_result, settings.place, policy).run()
     finally:
         socket.close()
         context.term()
@@ -93,11 +96,13 @@ class Worker:
         slot: SlotWriter,
         max_result: int,
         place: Place,
+        policy: Policy,
     ) -> None:
         self._socket = socket
         self._slot = slot
         self._max_result = max_result
         self._place = place
+        self._policy = policy
         self._tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
@@ -188,7 +193,7 @@ class Worker:
         if runnable is None:
             failure = Failure("unknown_task", f"the worker does not know the task {job.task}")
             return Answer(job.number, 0.0, None, failure)
-        context = Context(job, self._slot)
+        context = Context(job, self._slot, self._policy)
         enter(context)
         try:
             args, kwargs = runnable.bind(job.args)
@@ -215,7 +220,8 @@ class Worker:
         def abandoned() -> None:
             self._tell(Answer(job.number, 0.0, None, Failure(ABANDONED, "")))
 
-        with Producer(self._place, job.uid, left, abandoned) as producer:
+        uid = None if job.origin is None else job.origin.uid
+        with Producer(self._place, uid, left, abandoned) as producer:
             self._tell(Answer(job.number, 0.0, None, stream=producer.url))
             producer.accept()
             items = runnable.call(*args, **kwargs)
