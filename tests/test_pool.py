@@ -119,7 +119,7 @@ class Fifo:
         end = time.monotonic() + DEADLINE
         while not data.endswith(b"\n"):
             assert time.monotonic() < end, f"no task spoke; {driver.pool.workers()}"
-            if select.select([self._fd, driver.pool.fileno()], [], [], 0.01)[0]:
+            if self._fd in select.select([self._fd, driver.pool.fileno()], [], [], 0.01)[0]:
                 data += os.read(self._fd, 100)
             driver.take(driver.pool.process_events())
         return int(data)
