@@ -28,6 +28,7 @@ from acomm.errors import (
     TaskError,
     TooLarge,
     UnknownTask,
+    Unreachable,
     WorkerLost,
 )
 from acomm.listener import Connection, Peer, UnixListener, send_conn_data, unmarshal_conn_data
@@ -78,6 +79,7 @@ __all__ = [
     "Tracker",
     "UnixListener",
     "UnknownTask",
+    "Unreachable",
     "WorkerLost",
     "connect",
     "gather",

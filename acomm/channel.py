@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from acomm import messages, urls
-from acomm.errors import AcommError, BadRequest, ConnectionLost, printable
+from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, printable
 from acomm.framing import DEFAULT_MAX_FRAME, HEADER, Framer, FrameTooLarge
 from acomm.listener import encode_payload
 from acomm.messages import Request, Response, ok_ack
@@ -47,6 +47,7 @@ a millisecond; a peer that takes longer gets a connection a message meanwhile.
 
 _LONGEST_PAUSE = 0.1  # seconds between tries to connect to a peer whose queue of connections is full
 _MAX_SENDS = 2
+_NOBODY_THERE = (FileNotFoundError, ConnectionRefusedError)
 _MAX_REPLY = 1024 * 1024
 
 _plain_acks = {ok_ack(b'""', wire, False) for wire in (2, 3)}
@@ -93,7 +94,8 @@ class Channels:
     """All the channels of one owner, by URL and origin. Closing it fails what is still under way.
 
     `policy` judges where URLs may lead that come with an origin; those without are the program's own.
-    `broken(url)`, if set, is called when a peer has ended a connection that it had granted.
+    `broken(url)`, if set, is called when a peer has ended a connection that it had granted. `headers` are
+    what POSTs to a URL carry besides, by URL.
     """
 
     def __init__(self, *, timeout: float = DEFAULT_TIMEOUT, policy: Policy | None = None) -> None:
@@ -101,6 +103,7 @@ class Channels:
         self.policy = policy
         self.granting: OrderedDict[str, bool] = OrderedDict()
         self.broken: Callable[[str], None] | None = None
+        self.headers: dict[str, dict[str, str]] = {}
         self._channels: dict[tuple[str, Origin | None], Channel] = {}
         self._http: dict[bool | None, aiohttp.ClientSession] = {}
         self.closed = False
@@ -218,7 +221,7 @@ class Channel:
         except TimeoutError:
             return ConnectionLost(f"no acknowledgement from {printable(self.url)} in time")
         except OSError as error:
-            return _unreachable(self.url, error)
+            return _unreachable(self.url, error, sent=message.sends > 1)
         except Exception as error:
             log.exception("sending to %s failed unexpectedly", printable(self.url))
             return ConnectionLost(f"cannot reach {printable(self.url)}: {type(error).__name__}: {error}")
@@ -409,7 +412,8 @@ class _Exchange:
         except BlockingIOError:
             return False
         except (OSError, AcommError) as error:
-            lost = error if isinstance(error, AcommError) else _unreachable(channel.url, error)
+            sent = message.sends > 0
+            lost = error if isinstance(error, AcommError) else _unreachable(channel.url, error, sent=sent)
             channel.exchanges.add(self)
             self._loop.call_soon(self._over, lost)  # whoever posts may not be ready to be told
             return True
@@ -441,7 +445,7 @@ class _Exchange:
         except (BlockingIOError, InterruptedError):
             return
         except (OSError, FrameTooLarge) as error:
-            self.end(_unreachable(self._channel.url, error))
+            self.end(_unreachable(self._channel.url, error, sent=True))
             return
         if acks:
             granted, refusal = _ack_error(acks[0])
@@ -581,9 +585,13 @@ async def _connected_socket(channel: UnixChannel) -> socket.socket:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _unreachable(url: str, error: Exception) -> ConnectionLost:
+def _unreachable(url: str, error: Exception, *, sent: bool) -> ConnectionLost:
+    """Unreachable if nobody is there, unless the message was sent before: on a connection that broke, it may
+    have been taken.
+    """
     reason = getattr(error, "strerror", None) or error
-    return ConnectionLost(f"cannot reach {printable(url)}: {reason}")
+    kind = Unreachable if isinstance(error, _NOBODY_THERE) and not sent else ConnectionLost
+    return kind(f"cannot reach {printable(url)}: {reason}")
 
 
 def _ack_error(message: bytes) -> tuple[bool, AcommError | None]:
@@ -614,7 +622,7 @@ class HttpChannel(Channel):
             async with self.owner.http(self.origin).post(
                 self.url,
                 data=message.payload,
-                headers={"Content-Type": "application/json"},
+                headers={"Content-Type": "application/json", **self.owner.headers.get(self.url, {})},
                 allow_redirects=False,
             ) as reply:
                 if message.wire == 1:  # this generation looks at the status alone
@@ -622,7 +630,10 @@ class HttpChannel(Channel):
                     return None if ok else ConnectionLost(f"{where} answered status {reply.status}")
                 body = await _read_body(reply)
         except aiohttp.ClientError as error:
-            raise ConnectionLost(f"cannot reach {where}: {error}") from None
+            connecting = isinstance(error, aiohttp.ClientConnectorError)
+            nobody_there = connecting and not isinstance(error, aiohttp.ClientSSLError)
+            kind = Unreachable if nobody_there else ConnectionLost
+            raise kind(f"cannot reach {where}: {error}") from None
         try:
             ack = Response.decode(body)
         except BadRequest:

@@ -159,6 +159,10 @@ class ConnectionLost(AcommError, ConnectionError):
     code = "connection_lost"
 
 
+class Unreachable(ConnectionLost):
+    """Nobody is there to connect to: the peer has nothing of the message, and it may be sent again."""
+
+
 class HandlerError(AcommError):
     """A handler cannot be pickled, or not be loaded where it should run."""
 

@@ -115,13 +115,18 @@ def _chunks_of(source: Any) -> _Chunks:
         return _received(source)
     if isinstance(source, AsyncIterable):
         return _AsyncSource(source)
-    if isinstance(source, io.TextIOBase | str):
-        raise TypeError("a stream carries bytes, and the source gives text")
+    check_source(source)
     if callable(getattr(source, "read", None)):
         return _ThreadedSource(_read_chunks(source), source)
-    if isinstance(source, Iterable):
-        return _ThreadedSource(source, source)
-    raise TypeError(f"a stream's source is bytes, a file or an iterable, not {type(source).__name__}")
+    return _ThreadedSource(source, source)
+
+
+def check_source(source: Any) -> None:
+    """Raises TypeError for what is no source of a stream."""
+    if isinstance(source, io.TextIOBase | str):
+        raise TypeError("a stream carries bytes, and the source gives text")
+    if not isinstance(source, AsyncIterable | Iterable) and not callable(getattr(source, "read", None)):
+        raise TypeError(f"a stream's source is bytes, a file or an iterable, not {type(source).__name__}")
 
 
 async def _sliced(data: memoryview) -> AsyncGenerator[Chunk, None]:
@@ -690,6 +695,15 @@ def _connected(url: str, guard: Guard | None) -> socket.socket:
     return sock
 
 
+def decline(url: str) -> None:
+    """Have the producer of a unix stream that nobody will read stop, instead of waiting for a reader. Of a
+    stream that has its reader, or has ended, nothing is left to decline.
+    """
+    if urls.unix_path(url) is not None:
+        with contextlib.suppress(ConnectionLost):
+            _connected(url, None).close()
+
+
 async def _http_chunks(
     url: str, timeout: float | None, session: aiohttp.ClientSession | None, guard: Guard | None
 ) -> AsyncGenerator[bytes, None]:
@@ -756,10 +770,16 @@ class StreamFile(io.BufferedReader):
         if urls.unix_path(url) is not None:
             sock = _connected(url, guard)
             sock.settimeout(timeout)
-            raw: _Raw = _UnixRaw(url, sock)
+            self._raw: _Raw = _UnixRaw(url, sock)
         else:
-            raw = _HttpRaw(url, *_http_get(url, timeout, guard))
-        super().__init__(raw, CHUNK)
+            self._raw = _HttpRaw(url, *_http_get(url, timeout, guard))
+        super().__init__(self._raw, CHUNK)
+
+    def abort(self) -> None:
+        """Leave the stream, from any thread: the producer is told, and a read that waits, or comes later,
+        raises ConnectionLost. Close it all the same.
+        """
+        self._raw.abort()
 
 
 class _Raw(io.RawIOBase):
@@ -767,32 +787,41 @@ class _Raw(io.RawIOBase):
     stream's.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, sock: socket.socket) -> None:
         self._url = url
+        self._sock = sock
         self._failure: ConnectionLost | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        if self._failure is None:
+        failure = self._failure
+        if failure is None:
             try:
-                return self._receive_into(memoryview(buffer).cast("B"))
+                received = self._receive_into(memoryview(buffer).cast("B"))
+                if self._failure is None:  # else it is not the stream's end, but ours
+                    return received
             except TimeoutError:
-                self._failure = _silent(self._url)
+                failure = _silent(self._url)
             except OSError as error:
-                self._failure = _broken(self._url, error)
+                failure = _broken(self._url, error)
+        self._failure = self._failure or failure
+        assert self._failure is not None
         raise self._failure
+
+    def abort(self) -> None:
+        self._failure = self._failure or ConnectionLost(
+            f"the stream {printable(self._url)} was closed here before it had ended"
+        )
+        with contextlib.suppress(OSError):  # the other end has closed it, or we have
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def _receive_into(self, buffer: memoryview) -> int:
         raise NotImplementedError
 
 
 class _UnixRaw(_Raw):
-    def __init__(self, url: str, sock: socket.socket) -> None:
-        super().__init__(url)
-        self._sock = sock
-
     def _receive_into(self, buffer: memoryview) -> int:
         return self._sock.recv_into(buffer)
 
@@ -802,8 +831,10 @@ class _UnixRaw(_Raw):
 
 
 class _HttpRaw(_Raw):
-    def __init__(self, url: str, connection: HTTPConnection, reply: HTTPResponse) -> None:
-        super().__init__(url)
+    def __init__(
+        self, url: str, sock: socket.socket, connection: HTTPConnection, reply: HTTPResponse
+    ) -> None:
+        super().__init__(url, sock)
         self._connection = connection
         self._reply = reply
         self._left = reply.length
@@ -832,7 +863,9 @@ class _HttpRaw(_Raw):
         super().close()
 
 
-def _http_get(url: str, timeout: float | None, guard: Guard | None) -> tuple[HTTPConnection, HTTPResponse]:
+def _http_get(
+    url: str, timeout: float | None, guard: Guard | None
+) -> tuple[socket.socket, HTTPConnection, HTTPResponse]:
     from http.client import HTTPConnection, HTTPException, HTTPSConnection
     from urllib.parse import quote, urlsplit
 
@@ -851,6 +884,7 @@ def _http_get(url: str, timeout: float | None, guard: Guard | None) -> tuple[HTT
         connection._create_connection = _guarded_connection(url, guard)  # type: ignore[attr-defined]
     try:
         connection.request("GET", quote(target, safe=_URL_SAFE), headers={"Connection": "close"})
+        sock: socket.socket = connection.sock  # which the reply takes over
         reply = connection.getresponse()
         _check_reply(url, reply.status, reply.headers.get("Content-Encoding"))
     except BaseException as error:
@@ -862,7 +896,7 @@ def _http_get(url: str, timeout: float | None, guard: Guard | None) -> tuple[HTT
         if isinstance(error, HTTPException | OSError | ValueError):
             raise _unreachable(url, error) from None
         raise
-    return connection, reply
+    return sock, connection, reply
 
 
 def _guarded_connection(url: str, guard: Guard) -> Callable[..., socket.socket]:

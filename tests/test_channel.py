@@ -19,7 +19,7 @@ from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, frame, read_all, read_f
 
 from acomm import Request, Response, channel, send, send_sync
 from acomm.channel import Channels, Outgoing
-from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost, UnknownTask
+from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost, UnknownTask, Unreachable
 
 BOTH_LOOPS = True
 
@@ -463,6 +463,39 @@ async def test_send_sync_inside_a_loop_is_an_error() -> None:
         send_sync("unix:///nowhere", Request("t"))
 
 
+async def test_what_was_never_sent_is_told_apart_from_what_may_have_been_taken(tmp_path: Path) -> None:
+    """A socket that is not there, one that a dead process left, and a peer that dies with a message."""
+    with pytest.raises(Unreachable, match="No such file"):
+        await send(f"unix://{tmp_path}/nobody", Request("t"))
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "left"))
+    with pytest.raises(Unreachable, match="refused"):
+        await send(f"unix://{tmp_path}/left", Request("t"))
+
+    outcomes = Outcomes()
+    first = threading.Event()
+
+    def decide(message: dict[str, Any]) -> bytes | None:
+        if message["id"] == "first":
+            return ack("first", acomm=1)
+        first.wait(WAIT)
+        Path(peer.path).unlink()
+        return None
+
+    with GrantingPeer(tmp_path / "dies", decide) as peer:
+        async with channels() as out:
+            out.post(peer.url, message("first", outcomes.of("first")))
+            await outcomes.wait(1)
+            out.post(peer.url, message("lost", outcomes.of("lost")))
+            first.set()
+            seen = await outcomes.wait(2)
+        Path(peer.path).touch()  # for the peer to remove
+    assert seen["first"] == [None]
+    (error,) = seen["lost"]
+    assert isinstance(error, ConnectionLost)
+    assert not isinstance(error, Unreachable)
+
+
 # -- http -------------------------------------------------------------------------------------------
 
 
@@ -505,6 +538,18 @@ async def test_http_posts_json_and_reads_the_acknowledgement(server: Web) -> Non
     assert headers["Content-Type"] == "application/json"
     assert headers["Content-Length"] == str(len(body))
     assert body == request.encode(3, extended=True)
+
+
+async def test_http_headers_are_those_of_their_url_alone(server: Web) -> None:
+    other = server.url + "&y=2"
+    async with channels() as out, asyncio.timeout(WAIT):
+        out.headers[server.url] = {"Authorization": "Bearer secret"}
+        await out.send(server.url, Request("t"))
+        await out.send(other, Request("t"))
+    sent = {line: headers for line, headers, _ in server.requests}
+    assert sent["POST /hook?x=1"]["Authorization"] == "Bearer secret"
+    assert sent["POST /hook?x=1"]["Content-Type"] == "application/json"
+    assert "Authorization" not in sent["POST /hook?x=1&y=2"]
 
 
 async def test_http_keeps_its_connection(server: Web) -> None:
@@ -599,9 +644,10 @@ async def test_an_http_server_that_is_silent_or_gone_is_a_connection_lost(server
 
     server.answer = answer
     async with asyncio.timeout(WAIT):
-        with pytest.raises(ConnectionLost, match="in time"):
+        with pytest.raises(ConnectionLost, match="in time") as caught:
             await send(server.url, Request("t"), timeout=0.2)
-        with pytest.raises(ConnectionLost, match="cannot reach"):
+        assert not isinstance(caught.value, Unreachable)  # it may have been taken
+        with pytest.raises(Unreachable, match="cannot reach"):
             await send("http://127.0.0.1:1/", Request("t"))
         with pytest.raises(ConnectionLost):
             await send(f"http://{'x' * 70}.invalid/", Request("t"))  # no such label

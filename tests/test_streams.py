@@ -29,7 +29,7 @@ import pytest
 from aiohttp import web
 
 from acomm.errors import BadRequest, Busy, ConfigError, ConnectionLost, Forbidden, TooLarge
-from acomm.streams import StreamFile, StreamProxy, UnixStreams, open_stream, stream
+from acomm.streams import StreamFile, StreamProxy, UnixStreams, decline, open_stream, stream
 
 BOTH_LOOPS = True
 
@@ -975,6 +975,40 @@ async def test_a_broken_stream_file_stays_broken(streams: UnixStreams) -> None:
         await asyncio.to_thread(use)
 
 
+async def test_a_read_that_waits_is_ended_from_another_thread(streams: UnixStreams) -> None:
+    url = await streams.new_stream_unix(silent(lambda: None))
+    reading = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read(file: StreamFile) -> None:
+        assert file.read(5) == b"first"
+        loop.call_soon_threadsafe(reading.set)
+        for _ in range(2):
+            with pytest.raises(ConnectionLost, match="closed here"):
+                file.read(1)
+        file.close()
+
+    with await asyncio.to_thread(StreamFile, url) as file:
+        ending = asyncio.create_task(asyncio.to_thread(read, file))
+        await reading.wait()
+        file.abort()
+        file.abort()
+        await ending
+        file.abort()
+    await streams.drained()
+    assert counts(streams) == {"abandoned": 1}
+
+
+async def test_a_stream_that_nobody_wants_is_declined(streams: UnixStreams) -> None:
+    closed: list[bool] = []
+    url = await streams.new_stream_unix(silent(lambda: closed.append(True)))
+    decline(url)
+    await streams.drained()
+    assert counts(streams) == {"abandoned": 1}
+    decline(url)  # nothing is left to decline
+    decline("http://127.0.0.1:1/")
+
+
 # -- HTTP -----------------------------------------------------------------------------------------------
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -1062,6 +1096,25 @@ async def test_only_a_plain_200_is_a_stream(answer: bytes, words: str, read: Any
     async with answering(answer) as url:
         with pytest.raises(ConnectionLost, match=words):
             await read(url)
+
+
+@pytest.mark.parametrize("rest", [b"", b"1\r\n"])
+async def test_a_read_of_http_that_waits_is_ended_from_another_thread(rest: bytes) -> None:
+    reading = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def read(file: StreamFile) -> None:
+        assert file.read1() == b"first"
+        loop.call_soon_threadsafe(reading.set)
+        with pytest.raises(ConnectionLost, match="closed here"):
+            file.read(1)
+
+    async with answering(CHUNKED + b"5\r\nfirst\r\n" + rest, keep=True) as url:
+        with await asyncio.to_thread(StreamFile, url) as file:
+            ending = asyncio.create_task(asyncio.to_thread(read, file))
+            await reading.wait()
+            file.abort()
+            await ending
 
 
 @pytest.mark.parametrize("read", OUR_READERS)
