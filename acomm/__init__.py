@@ -36,16 +36,21 @@ from acomm.messages import Handlers, Request, Response
 from acomm.tracker import Tracker
 
 if TYPE_CHECKING:
-    from acomm.client import Call, Client, connect
+    from acomm.calls import Call, Progress
+    from acomm.client import Client, connect, default_client
+    from acomm.itemstream import Stream
     from acomm.multi import MultiRequest, gather
     from acomm.streams import open_stream, stream
 
 # Loaded when they are first used: many programs, workers among them, need none of these.
 _homes = {
-    "Call": "acomm.client",
+    "Call": "acomm.calls",
     "Client": "acomm.client",
     "MultiRequest": "acomm.multi",
+    "Progress": "acomm.calls",
+    "Stream": "acomm.itemstream",
     "connect": "acomm.client",
+    "default_client": "acomm.client",
     "gather": "acomm.multi",
     "open_stream": "acomm.streams",
     "stream": "acomm.streams",
@@ -71,9 +76,11 @@ __all__ = [
     "MultiRequest",
     "Peer",
     "Poisoned",
+    "Progress",
     "Request",
     "Response",
     "ShuttingDown",
+    "Stream",
     "TaskError",
     "TooLarge",
     "Tracker",
@@ -82,6 +89,7 @@ __all__ = [
     "Unreachable",
     "WorkerLost",
     "connect",
+    "default_client",
     "gather",
     "open_stream",
     "send",

@@ -1,5 +1,11 @@
 """connect(): calls to a supervisor, from programs with an event loop and without.
 
+    any thread               the client's own thread, with an event loop
+      submit -> _outbox ---> _pump -> _send -> Tracker.post ------> supervisor
+                                ^       |
+                                +--- Away     while nobody is there to connect to
+      Call  <------------------------ _Pending <- response, error
+
 One thread runs an event loop with a Tracker in it; callers of any thread hand it requests, and their
 Calls are resolved there. What callers write down while that thread is busy leaves in one batch.
 """
@@ -7,40 +13,36 @@ Calls are resolved there. What callers write down while that thread is busy leav
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import msgspec
 
-from acomm import jsontext
-from acomm.errors import AcommError, BadRequest, ConnectionLost
-from acomm.messages import Handler, Handlers, Request, Response
+from acomm.away import Away
+from acomm.calls import Call, Decode
+from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable
+from acomm.messages import Request, Response
 from acomm.socketpath import default_socket
-from acomm.tracker import Tracker
+from acomm.streams import Source, UnixStreams, decline
+from acomm.submitting import Options, Submitter
+from acomm.tokens import find_token
+from acomm.tracker import Answer, Tracker
 from acomm.urls import check, unix_url
+from acomm.watch import ProgressWatch
 
 log = logging.getLogger("acomm.client")
 
+WAIT = 5.0
+"""Seconds that a call waits for a supervisor that is not there: time for it to restart with its workers."""
+
 _LAST_ANSWERS = 0.5
 """Seconds to read what a supervisor has said before it went away."""
-
-Decode = Callable[[Any], Any]
-
-
-@runtime_checkable
-class TaskLike(Protocol):
-    """A task that is known by more than its name: it writes its arguments and reads its results."""
-
-    name: str
-
-    def encode_args(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes: ...
-    def decode_result(self, raw: Any) -> Any: ...
 
 
 def default_url() -> str:
@@ -48,151 +50,67 @@ def default_url() -> str:
     return os.environ.get("ACOMM_URL") or unix_url(default_socket())
 
 
-def connect(url: str | None = None, **options: Any) -> Client:
+def connect(
+    url: str | None = None,
+    *,
+    wait: float = WAIT,
+    default_timeout: float = 3600.0,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+) -> Client:
     """A client of the supervisor at `url` (None: `$ACOMM_URL`, else the default socket).
 
         with connect() as client:
             print(client.call("add", 1, 2))
 
     Use it in `with` or `async with`, or close it. Nothing is sent before the first call.
+
+    A supervisor that is not there, since it restarts or starts a moment later, is waited for: a call fails
+    with Unreachable when nobody was there for `wait` seconds (0: at once). `default_timeout` is for how many
+    seconds a call without a timeout of its own waits for its answer. An `http://` URL on this host takes a
+    `token`, or the file that holds it (default: `$ACOMM_TOKEN`).
+
+    Raises BadRequest for a URL that leads nowhere, ConfigError for a token that cannot be used.
     """
-    return Client(url, **options)
-
-
-class Call(Future[Any]):
-    """A call under way: a `concurrent.futures.Future` that can also be awaited. `id` is the request's."""
-
-    def __init__(self, client: Client, id: str, decode: Decode | None) -> None:
-        super().__init__()
-        self.id = id
-        self._client = client
-        self._decode = decode
-
-    def cancel(self) -> bool:
-        """Stop waiting, and have the supervisor stop the task, even one that runs. False if it is done."""
-        if self.cancelled():
-            return True
-        if not super().cancel():
-            return False
-        self._client._cancel_remote(self.id)
-        return True
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return asyncio.wrap_future(self).__await__()
-
-    def _resolve(self, response: Response) -> None:
-        if response.error is not None:
-            self._end(None, response.error)
-            return
-        try:
-            raw = b"null" if response.result is None else memoryview(response.result)
-            result = jsontext.parse(raw, "result") if self._decode is None else self._decode(raw)
-        except Exception as error:
-            self._end(None, error)
-        else:
-            self._end(result, None)
-
-    def _end(self, result: Any, error: BaseException | None) -> None:
-        """Become done. Our own thread runs the callbacks then, and what they raise must not end it."""
-        if not self.set_running_or_notify_cancel():
-            return
-        try:
-            self.set_result(result) if error is None else self.set_exception(error)
-        except BaseException:  # Future itself catches an Exception; this is a SystemExit
-            log.exception("a callback of the call %s failed", self.id)
-
-
-class Options(msgspec.Struct, frozen=True):
-    """What `using` sets for the calls of a client's view."""
-
-    timeout: float | None = None
-    priority: int = 0
-    handlers: Handlers | None = None
-
-
-class Submitter:
-    """The calls that a client and its views offer."""
-
-    _client: Client
-    _options: Options
-
-    def submit(self, task: str | TaskLike, /, *args: Any, **kwargs: Any) -> Call:
-        """Send a call; returns at once.
-
-        `task` is a name or a Task. A name takes positional arguments or keywords; a Task, which knows its
-        signature, mixes both. Raises TypeError for arguments that do not fit a Task or JSON, RuntimeError
-        when the client is closed. What goes wrong later is the Call's error.
-        """
-        if isinstance(task, str):
-            if args and kwargs:
-                raise TypeError("a task's name takes positional arguments or keywords, not both")
-            given: Any = args or kwargs or None
-            encoded = b"null" if given is None else jsontext.encode(given, "args")
-            return self._client._submit(task, encoded, self._options, None)
-        return self._client._submit(
-            task.name, task.encode_args(args, kwargs), self._options, task.decode_result
-        )
-
-    def call(self, task: str | TaskLike, /, *args: Any, **kwargs: Any) -> Any:
-        """Send a call and wait for its result. Raises the task's error as TaskError, and the others as
-        `acomm.errors` has them.
-        """
-        if threading.current_thread() is self._client._thread:
-            raise RuntimeError("a Call's callback cannot wait for a call: its thread brings the answers")
-        return self.submit(task, *args, **kwargs).result()
-
-    def using(
-        self,
-        *,
-        timeout: float | None = None,
-        priority: int | None = None,
-        on_success: Handler | None = None,
-        on_error: Handler | None = None,
-    ) -> View:
-        """A view of this client whose calls have these options.
-
-        `timeout` is in seconds from acceptance. Handlers are pickled here and now, and run in the
-        supervisor: an unpicklable one raises HandlerError, which names what is in the way.
-        """
-        before = self._options
-        if timeout is not None and not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
-        options = Options(
-            before.timeout if timeout is None else timeout,
-            before.priority if priority is None else priority,
-            Handlers.pack(on_success, on_error) or before.handlers,
-        )
-        return View(self._client, options)
-
-
-class View(Submitter):
-    """A client with options: see `Submitter.using`. It needs no closing of its own."""
-
-    def __init__(self, client: Client, options: Options) -> None:
-        self._client = client
-        self._options = options
+    return Client(url, wait=wait, default_timeout=default_timeout, token=token, token_file=token_file)
 
 
 class Client(Submitter):
     """A connection to a supervisor, for any number of threads and event loops. See `connect`."""
 
-    def __init__(self, url: str | None = None, *, default_timeout: float = 3600.0) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        wait: float = WAIT,
+        default_timeout: float = 3600.0,
+        token: str | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.url = url or default_url()
         check(self.url, "the supervisor's URL")
-        self._client = self
-        self._options = Options()
+        if not 0 <= wait < float("inf"):
+            raise ValueError(f"wait must be a number of seconds, 0 or more, not {wait}")
+        self._token = find_token(self.url, token, token_file)
+        super().__init__(self, Options())
+        self._wait = wait
         self._default_timeout = default_timeout
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._outbox: deque[tuple[Call | None, Request]] = deque()
-        self._answers: dict[str, _Answer] = {}
+        self._outbox: deque[_Pending] = deque()
+        self._answers: dict[str, _Pending] = {}
         self._pump_due = False
         self._closed = False
         self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<Client {self.url}, {len(self._answers)} calls>"
+
+    @property
+    def usable(self) -> bool:
+        """Whether calls can be submitted: it is this process's own, and has not been closed."""
+        return not self._closed and self._pid == os.getpid()
 
     def tasks(self) -> list[dict[str, Any]]:
         """The tasks that the supervisor serves, with the JSON Schema of their arguments."""
@@ -210,7 +128,8 @@ class Client(Submitter):
 
     def close(self) -> None:
         """End the client: wait until what was submitted is acknowledged, so that the supervisor has it;
-        calls that have no answer by then fail with ConnectionLost.
+        calls that have no answer by then fail with ConnectionLost, and streams that they send break off.
+        Streams that were received go on.
         """
         with self._lock:
             if self._closed:
@@ -237,7 +156,10 @@ class Client(Submitter):
 
     # -- any thread ---------------------------------------------------------------------------------
 
-    def _submit(self, task: str, args: bytes, options: Options, decode: Decode | None) -> Call:
+    def send(
+        self, task: str, args: bytes, options: Options, decode: Decode | None, decode_item: Decode | None
+    ) -> Call:
+        """Send a call whose arguments are JSON text; returns at once. See `submit`."""
         request = Request(
             task,
             msgspec.Raw(args),
@@ -246,15 +168,28 @@ class Client(Submitter):
             handlers=options.handlers,
         )
         request.validate()
-        call = Call(self, request.id, decode)
-        self._post(call, request)
+        call = Call(self, request.id, task, decode, decode_item)
+        source = None if options.stream is None else options.stream.take()
+        self._post(_Pending(self, call, request, source))
         return call
 
-    def _cancel_remote(self, id: str) -> None:
-        with contextlib.suppress(RuntimeError):  # closed: the supervisor learns nothing more from us
-            self._post(None, Request("acomm.cancel", [id]))
+    def in_own_thread(self) -> bool:
+        """Whether the caller is the client's own thread, which brings the answers."""
+        return threading.current_thread() is self._thread
 
-    def _post(self, call: Call | None, request: Request) -> None:
+    def stop_remote(self, id: str) -> None:
+        """Have the supervisor stop a call; its answer is of no interest."""
+        with contextlib.suppress(RuntimeError):  # closed: the supervisor learns nothing more from us
+            self._post(_Pending(self, None, Request("acomm.cancel", [id]), None))
+
+    def watch(self, call: Call) -> None:
+        """Keep the progress of `call` fresh while it runs."""
+        loop = self._loop
+        if loop is not None and self.usable and call.id not in self._watch:
+            with contextlib.suppress(RuntimeError):  # it ends just now
+                loop.call_soon_threadsafe(self._watch.add, call)
+
+    def _post(self, pending: _Pending) -> None:
         if self._pid != os.getpid():  # before the lock, which another thread may have held at the fork
             raise RuntimeError("the client is another process's: connect() anew after a fork")
         with self._lock:
@@ -263,7 +198,7 @@ class Client(Submitter):
             if self._loop is None:
                 self._start()
             assert self._loop is not None
-            self._outbox.append((call, request))
+            self._outbox.append(pending)
             if not self._pump_due:
                 self._pump_due = True
                 self._loop.call_soon_threadsafe(self._pump)
@@ -295,85 +230,148 @@ class Client(Submitter):
     async def _serve(self) -> None:
         self._tracker = Tracker(default_timeout=self._default_timeout)
         self._tracker.channels.broken = self._supervisor_gone
+        if self._token is not None:
+            self._tracker.channels.headers[self.url] = {"Authorization": f"Bearer {self._token}"}
+        self._streams = UnixStreams()
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._away: Away[_Pending] = Away(self.url, self._wait, self._send, _Pending.give_up)
+        self._watch = ProgressWatch(self._ask)
         await self._tracker.start()
         self._ready.set_result(None)
         why = "the client's thread failed"
         try:
             await self._stopped.wait()
             self._pump()
-            await self._tracker.acknowledged()
+            await self._all_acknowledged()
             why = "the client was closed before the answer came"
         finally:
+            self._watch.close()
+            self._away.close()
             self._end(why)
+            await self._streams.close()
             await self._tracker.stop(0)
+
+    async def _all_acknowledged(self) -> None:
+        while True:
+            if self._preparing:
+                await asyncio.wait(self._preparing)
+            await self._away.settled()
+            await self._tracker.acknowledged()
+            if not self._preparing and not self._away:
+                return
 
     def _supervisor_gone(self, url: str) -> None:
         """It ends a connection only when it has answered everything, or dies. Its last answers may be
         unread yet; what has none in a moment has lost it with the supervisor.
         """
+        self._watch.supervisor_changed()
         waiting = [id for id in self._answers if self._tracker.is_acknowledged(id)]
         if waiting:
             asyncio.get_running_loop().call_later(_LAST_ANSWERS, self._give_up, waiting)
 
     def _give_up(self, ids: list[str]) -> None:
         for id in ids:
-            answer = self._answers.get(id)
-            if answer is not None:
+            pending = self._answers.get(id)
+            if pending is not None:
                 self._tracker.remove_request(id)
-                answer.set_exception(ConnectionLost("the supervisor went away before it answered"))
+                pending.fail(ConnectionLost("the supervisor went away before it answered"))
 
     def _end(self, why: str) -> None:
         """Whatever the reason, no call is left waiting."""
         with self._lock:
             self._closed = True
             waiting, self._outbox = self._outbox, deque()
-        for answer in list(self._answers.values()):
-            answer.set_exception(ConnectionLost(why))
-        for call, _ in waiting:
-            if call is not None:
-                call._end(None, ConnectionLost(why))
+        for pending in [*self._answers.values(), *waiting]:
+            pending.fail(ConnectionLost(why))
 
     def _pump(self) -> None:
         with self._lock:
             self._pump_due = False
             waiting, self._outbox = self._outbox, deque()
-        for call, request in waiting:
-            answer = _Answer(self._answers, call, request.id)
-            try:
-                self._tracker.post(self.url, request, answer)
-            except AcommError as error:
-                answer.set_exception(error)
-            except Exception as error:
-                log.exception("a request could not be sent")
-                answer.set_exception(BadRequest(f"the request could not be sent: {error}"))
+        for pending in waiting:
+            if pending.call is not None:
+                self._answers[pending.request.id] = pending
+            if pending.source is None:
+                self._send(pending)
+            else:
+                task = asyncio.get_running_loop().create_task(self._send_with_stream(pending))
+                self._preparing.add(task)
+                task.add_done_callback(self._preparing.discard)
+
+    async def _send_with_stream(self, pending: _Pending) -> None:
+        source, pending.source = pending.source, None
+        assert source is not None
+        try:
+            # It waits for the task to be run, however long that takes; see `_Pending.settled`.
+            url = await self._streams.new_stream_unix(source, expiry=float("inf"))
+        except Exception as error:
+            pending.fail(error)
+            return
+        pending.request = msgspec.structs.replace(pending.request, stream_url=url)
+        self._send(pending)
+
+    def _send(self, pending: _Pending) -> None:
+        if pending.call is not None and (pending.call.done() or self._away.join(pending)):
+            if pending.call.done():
+                pending.settled()
+            return
+        self._ask(pending.request, pending)
+
+    def _ask(self, request: Request, answer: Answer) -> None:
+        try:
+            self._tracker.post(self.url, request, answer)
+        except AcommError as error:
+            answer.set_exception(error)
+        except Exception as error:
+            log.exception("a request could not be sent")
+            answer.set_exception(BadRequest(f"the request could not be sent: {error}"))
 
 
-class _Answer:
-    """What a Tracker resolves: passes on to the Call."""
+class _Pending:
+    """A request until it is answered, which a Tracker resolves; its outcome is the Call's. `call` is None for
+    one whose answer nobody wants.
+    """
 
-    __slots__ = ("answers", "call", "id")
+    __slots__ = ("call", "client", "request", "source", "until")
 
-    def __init__(self, answers: dict[str, _Answer], call: Call | None, id: str) -> None:
-        self.answers = answers
+    def __init__(self, client: Client, call: Call | None, request: Request, source: Source | None) -> None:
+        self.client = client
         self.call = call
-        self.id = id
-        if call is not None:
-            answers[id] = self
+        self.request = request
+        self.source = source
+        self.until: float | None = None
 
     def done(self) -> bool:
         return self.call is None
 
     def set_result(self, response: Response) -> None:
-        if (call := self._take()) is not None:
-            call._resolve(response)
+        # Behind a stream there is a task that runs on, and may read ours.
+        streaming = response.stream_url is not None and response.error is None
+        if (call := self.settled(keep_stream=streaming)) is not None:
+            call.resolve(response)
 
     def set_exception(self, error: BaseException) -> None:
-        if (call := self._take()) is not None:
-            call._end(None, error)
+        if isinstance(error, Unreachable) and self.call is not None:
+            self.client._away.add(self, error)
+        else:
+            self.fail(error)
 
-    def _take(self) -> Call | None:
+    def give_up(self, error: Unreachable) -> None:
+        waited = f"{error} (for {self.client._wait:g} s)" if self.client._wait else str(error)
+        self.fail(Unreachable(waited))
+
+    def fail(self, error: BaseException) -> None:
+        if (call := self.settled()) is not None:
+            call.end(None, error)
+
+    def settled(self, *, keep_stream: bool = False) -> Call | None:
+        """No longer under way; the call, if it has not been told yet. A stream that nobody has come for is
+        of no use any more.
+        """
         call, self.call = self.call, None
-        self.answers.pop(self.id, None)
+        self.client._answers.pop(self.request.id, None)
+        if self.request.stream_url is not None and not keep_stream:
+            decline(self.request.stream_url)
         return call
 
 
@@ -383,3 +381,37 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+# -- the client of a program that has not made one ----------------------------------------------------
+
+_default: Client | None = None
+_default_lock = threading.Lock()
+
+
+def default_client() -> Client:
+    """The client that `Task.submit` uses, one a process: made when it is first needed, with the URL that
+    `default_url` gives then, and made anew after a fork, or when it was closed. It is closed at exit.
+    """
+    global _default
+    with _default_lock:
+        if _default is None or not _default.usable:
+            if _default is None:
+                atexit.register(_close_default)
+            _default = connect()
+        return _default
+
+
+def _close_default() -> None:
+    if _default is not None:
+        _default.close()
+
+
+def _after_fork() -> None:
+    # Another thread may have held the lock, and the client's own thread is not here.
+    global _default, _default_lock
+    _default = None
+    _default_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

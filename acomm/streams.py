@@ -102,13 +102,16 @@ Dest = asyncio.StreamWriter | Writable | Callable[[bytes], Any]
 # -- sources: everything as an asynchronous iterator of bytes ------------------------------------------
 
 
-class _Chunks(Protocol):
+class Chunks(Protocol):
+    """Everything of a source, as it comes; to be closed in the end."""
+
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
     async def __anext__(self) -> Chunk: ...
     async def aclose(self) -> None: ...
 
 
-def _chunks_of(source: Any) -> _Chunks:
+def chunks_of(source: Any) -> Chunks:
+    """What `source` gives, for the running event loop. Raises TypeError for what is no source."""
     if isinstance(source, Chunk):
         return _sliced(memoryview(source).cast("B"))
     if isinstance(source, asyncio.StreamReader):
@@ -365,7 +368,7 @@ class UnixStreams:
             raise ValueError(f"expiry must be a positive number of seconds, not {expiry}")
         if len(self) >= self.max_open:
             raise Busy(f"there are {len(self)} open streams already", retry_after=1.0)
-        chunks = _chunks_of(source)
+        chunks = chunks_of(source)
         bound = streamsocket.bind(self.folder, self.mode)
         self._none_open.clear()
         self._streams.add(_UnixStream(self, bound, chunks, expiry))
@@ -403,7 +406,7 @@ class _UnixStream:
     """One stream: waits for its consumer, serves it, closes the source."""
 
     def __init__(
-        self, owner: UnixStreams, bound: socketpath.BoundSocket, chunks: _Chunks, expiry: float
+        self, owner: UnixStreams, bound: socketpath.BoundSocket, chunks: Chunks, expiry: float
     ) -> None:
         self._owner = owner
         self._bound = bound

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from acomm.calls import Call
 from acomm.channel import Channels
-from acomm.client import Call, connect
+from acomm.client import connect
 from acomm.delivery import Delivery
 from acomm.errors import (
     CallCancelled,

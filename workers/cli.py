@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from acomm.client import Call, Client, connect
+from acomm.calls import Call
+from acomm.client import Client, connect
 from acomm.errors import AcommError, AddressInUse, ConfigError, HandlerError
 from workers.config import Config
 from workers.errors import printable

@@ -27,7 +27,8 @@ from typing import Any
 
 import msgspec
 
-from acomm.client import Call, Client
+from acomm.calls import Call
+from acomm.client import Client
 from acomm.messages import Request, Response
 from workers.config import available_cpus
 from workers.registry import Retry, task

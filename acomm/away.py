@@ -1,0 +1,115 @@
+"""Requests that wait for a supervisor that is not there, because it restarts or has not started yet."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from acomm import urls
+from acomm.errors import Unreachable
+
+_FIRST_PAUSE = 0.01
+_LONGEST_PAUSE = 0.25
+_CONNECT_TIMEOUT = 1.0  # seconds; for hosts that say nothing
+
+
+class Waiting(Protocol):
+    """What waits: `until` is when it gives up, on the event loop's clock; None before it has waited."""
+
+    until: float | None
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class Away(Generic[T]):
+    """Holds what could not be sent to `url`, since nobody was there, and looks now and then whether somebody
+    is; then `send(item)` is called for each, in order. `give_up(item, error)` is called for one that has
+    waited `wait` seconds in all. It belongs to one event loop.
+    """
+
+    def __init__(
+        self, url: str, wait: float, send: Callable[[T], None], give_up: Callable[[T, Unreachable], None]
+    ) -> None:
+        self._url = url
+        self._wait = wait
+        self._send = send
+        self._give_up = give_up
+        self._items: deque[tuple[T, Unreachable]] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: T, error: Unreachable) -> None:
+        """Keep `item`, which was met with `error`, or give it up at once if its time is over."""
+        now = asyncio.get_running_loop().time()
+        if item.until is None:
+            item.until = now + self._wait
+        if item.until <= now:
+            self._give_up(item, error)
+            return
+        self._items.append((item, error))
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    def join(self, item: T) -> bool:
+        """Keep `item` behind those that wait; False if none does, so that it can be sent."""
+        if not self._items:
+            return False
+        self.add(item, self._items[-1][1])
+        return True
+
+    async def settled(self) -> None:
+        """Wait until nothing waits."""
+        while self._task is not None and not self._task.done():
+            await asyncio.wait({self._task})
+
+    def close(self) -> None:
+        """Look no more. What waits is left to its owner."""
+        self._items.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        pause = _FIRST_PAUSE
+        while self._items:
+            first = min(item.until or 0.0 for item, _ in self._items)
+            await asyncio.sleep(max(0.0, min(pause, first - loop.time())))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            there = await reachable(self._url)
+            items, self._items = self._items, deque()
+            for item, error in items:
+                if there:
+                    self._send(item)
+                else:
+                    self.add(item, error)
+
+
+async def reachable(url: str) -> bool:
+    """Whether somebody listens at `url`. What else may be wrong is for those to find who send to it."""
+    path = urls.unix_path(url)
+    if path is not None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+            except OSError:  # a full queue, for one
+                return True
+            return True
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT):
+            _, writer = await asyncio.open_connection(parts.hostname, port)
+    except OSError:
+        return False
+    writer.close()
+    return True
