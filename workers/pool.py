@@ -116,7 +116,8 @@ class Pool:
     """Runs calls in `workers` processes which have imported `modules`.
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
-    made at `place`, and `allow_hook` widens where those may lead that requests bring.
+    made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
+    send what they submit themselves (None: where any program would).
 
     `failure` is set when the modules cannot be imported in a worker: nothing runs any more then, and all
     calls end with WorkerLost.
@@ -131,6 +132,7 @@ class Pool:
         max_result: int = 2**26,
         place: Place | None = None,
         allow_hook: Sequence[str] = (),
+        url: str | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -140,6 +142,7 @@ class Pool:
         self.max_result = max_result
         self.place = place or Place()
         self.allow_hook = tuple(allow_hook)
+        self.url = url
         self.failure: str | None = None
         self.restarts = 0
         self.dispatcher = Dispatcher()
@@ -419,6 +422,7 @@ class Pool:
             max_result=self.max_result,
             place=self.place,
             allow_hook=self.allow_hook,
+            url=self.url,
         )
         try:
             self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])

@@ -19,11 +19,18 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from acomm.jsontext import encode
 from workers.errors import ConfigError, TaskError, TooLarge, printable
 from workers.signature import Bound, Parameters, RawArgs
+from workers.taskview import TaskView
+
+if TYPE_CHECKING:
+    from acomm.calls import Call
+    from acomm.messages import Handler
+    from acomm.streams import Source
+    from acomm.submitting import Submitter
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,6 +119,40 @@ class Task(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
 
+    def submit(self, /, *args: P.args, **kwargs: P.kwargs) -> Call:
+        """Have a worker run it; returns at once, with a Call to wait for or to await.
+
+        It goes through `acomm.default_client()`; inside a task, to the supervisor that runs that task. A task
+        that waits for another one keeps its worker meanwhile, so as many as there are workers wait for ever.
+        Raises TypeError for arguments that do not fit.
+        """
+        return TaskView(self, self.function).submit(*args, **kwargs)
+
+    def using(
+        self,
+        *,
+        timeout: float | None = None,
+        priority: int | None = None,
+        on_success: Handler | None = None,
+        on_error: Handler | None = None,
+        stream: Source | None = None,
+        client: Submitter | None = None,
+    ) -> TaskView[P, R]:
+        """A view of the task whose calls have these options; it is still called as the function.
+
+            thumbnail.using(timeout=5, on_success=store).submit(path)
+
+        They are those of `Client.using`, and `client`, None for the default one.
+        """
+        return TaskView(self, self.function).using(
+            timeout=timeout,
+            priority=priority,
+            on_success=on_success,
+            on_error=on_error,
+            stream=stream,
+            client=client,
+        )
+
     def __repr__(self) -> str:
         return f"<Task {self.name} {self.location}>"
 
@@ -168,6 +209,16 @@ class Task(Generic[P, R]):
         except Exception as error:
             raise TaskError(
                 f"task {self.name}: the result is not what its hint says: {printable(error)}",
+                type=type(error).__name__,
+            ) from error
+
+    def decode_item(self, raw: RawArgs) -> Any:
+        """An item of its stream as the return hint types it (`Iterator[int]`); else as `decode_result`."""
+        try:
+            return self.parameters.item_decoder.decode(b"null" if raw is None else raw)
+        except Exception as error:
+            raise TaskError(
+                f"task {self.name}: an item is not what its hint says: {printable(error)}",
                 type=type(error).__name__,
             ) from error
 

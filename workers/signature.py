@@ -128,13 +128,12 @@ class Parameters:
     @functools.cached_property
     def result_decoder(self) -> msgspec.json.Decoder[Any]:
         """Decodes a result by the return hint; plain JSON where there is none that JSON can express."""
-        try:
-            if _inexpressible(msgspec.inspect.type_info(self._result_hint)) is None:
-                return msgspec.json.Decoder(self._result_hint)
-        except Exception:
-            # The hint is the author's remark, not a contract with the caller: serve without it.
-            return msgspec.json.Decoder()
-        return msgspec.json.Decoder()
+        return _decoder_of(self._result_hint)
+
+    @functools.cached_property
+    def item_decoder(self) -> msgspec.json.Decoder[Any]:
+        """Likewise for an item of the stream of a generator function."""
+        return _decoder_of(_item_hint(self._result_hint))
 
     def args_schema(self) -> dict[str, Any]:
         """JSON Schema of the arguments given as an object; never raises."""
@@ -307,6 +306,16 @@ def json_schema(hint: Any) -> dict[str, Any]:
         return msgspec.json.schema(hint)
     except Exception:
         return {}
+
+
+def _decoder_of(hint: Any) -> msgspec.json.Decoder[Any]:
+    try:
+        if _inexpressible(msgspec.inspect.type_info(hint)) is None:
+            return msgspec.json.Decoder(hint)
+    except Exception:
+        # The hint is the author's remark, not a contract with the caller: serve without it.
+        return msgspec.json.Decoder()
+    return msgspec.json.Decoder()
 
 
 _STREAMS = (

@@ -35,7 +35,7 @@ from acomm.jsontext import parse
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.tracker import Tracker
-from acomm.urls import unix_path
+from acomm.urls import unix_path, unix_url
 from workers.calls import Call, Outcome
 from workers.config import Config
 from workers.errors import (
@@ -104,6 +104,7 @@ class Supervisor:
             max_result=self.config.max_frame - 512,
             place=_place(self.config),
             allow_hook=self.config.allow_hook,
+            url=unix_url(os.path.abspath(self.config.socket)),
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)

@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import inspect
 import math
+import os
 import signal
 import threading
 import time
@@ -62,11 +63,14 @@ class Settings(msgspec.Struct):
     max_result: int
     place: Place
     allow_hook: tuple[str, ...] = ()
+    url: str | None = None
 
 
 def main(config: bytes, fds: list[int]) -> None:
     """The forked worker's whole life. `fds` holds the scoreboard."""
     settings = msgspec.msgpack.decode(config, type=Settings)
+    if settings.url is not None:
+        os.environ["ACOMM_URL"] = settings.url  # what a task submits goes to whoever runs it
     scoreboard = Scoreboard.attach(fds[0], settings.slots)
     registry = Registry.from_modules(settings.modules, settings.paths)
     context = zmq.Context()
