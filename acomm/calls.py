@@ -20,14 +20,14 @@ Decode = Callable[[Any], Any]
 
 
 class Progress(NamedTuple):
-    """How far a call is: `done` of `total`, in the task's own unit, and its `note`; None for what it does not
-    tell. `state` is the supervisor's word for where the call is, such as "queued" or "running".
+    """How far a call is: `done` of `total` (None if it does not tell), in the task's own unit, and its
+    `note`. `state` is the supervisor's word for it: "queued", "running", "streaming".
     """
 
-    done: float | None = None
+    done: float = 0.0
     total: float | None = None
-    note: str | None = None
-    state: str | None = None
+    note: str = ""
+    state: str = ""
 
 
 class Caller(Protocol):
@@ -146,7 +146,7 @@ class Call(Future[Any]):
         assert response.stream_url is not None
         return Stream(
             response.stream_url,
-            format=getattr(response, "stream_format", None),
+            format=response.stream_format,
             decode=self._decode_item,
             result=result,
             unread=lambda: self._client.stop_remote(self.id),

@@ -41,6 +41,9 @@ log = logging.getLogger("acomm.client")
 WAIT = 5.0
 """Seconds that a call waits for a supervisor that is not there: time for it to restart with its workers."""
 
+_LAST_SOURCES = 1.0
+"""Seconds that sources of streams have to be closed when the client is; those that block are left alone."""
+
 _LAST_ANSWERS = 0.5
 """Seconds to read what a supervisor has said before it went away."""
 
@@ -233,7 +236,6 @@ class Client(Submitter):
         if self._token is not None:
             self._tracker.channels.headers[self.url] = {"Authorization": f"Bearer {self._token}"}
         self._streams = UnixStreams()
-        self._preparing: set[asyncio.Task[None]] = set()
         self._away: Away[_Pending] = Away(self.url, self._wait, self._send, _Pending.give_up)
         self._watch = ProgressWatch(self._ask)
         await self._tracker.start()
@@ -248,17 +250,14 @@ class Client(Submitter):
             self._watch.close()
             self._away.close()
             self._end(why)
-            await self._streams.close()
+            await self._streams.close(_LAST_SOURCES)
             await self._tracker.stop(0)
 
     async def _all_acknowledged(self) -> None:
-        while True:
-            if self._preparing:
-                await asyncio.wait(self._preparing)
+        await self._tracker.acknowledged()
+        while self._away:
             await self._away.settled()
             await self._tracker.acknowledged()
-            if not self._preparing and not self._away:
-                return
 
     def _supervisor_gone(self, url: str) -> None:
         """It ends a connection only when it has answered everything, or dies. Its last answers may be
@@ -291,24 +290,21 @@ class Client(Submitter):
         for pending in waiting:
             if pending.call is not None:
                 self._answers[pending.request.id] = pending
-            if pending.source is None:
+            if pending.source is None or self._offer_stream(pending, pending.source):
                 self._send(pending)
-            else:
-                task = asyncio.get_running_loop().create_task(self._send_with_stream(pending))
-                self._preparing.add(task)
-                task.add_done_callback(self._preparing.discard)
 
-    async def _send_with_stream(self, pending: _Pending) -> None:
-        source, pending.source = pending.source, None
-        assert source is not None
+    def _offer_stream(self, pending: _Pending, source: Source) -> bool:
+        """Give the request the URL of its stream, which waits until the task is run, however long that takes:
+        see `_Pending.settled`.
+        """
+        pending.source = None
         try:
-            # It waits for the task to be run, however long that takes; see `_Pending.settled`.
-            url = await self._streams.new_stream_unix(source, expiry=float("inf"))
+            url = self._streams.new_stream_unix(source, expiry=float("inf")).result
         except Exception as error:
             pending.fail(error)
-            return
+            return False
         pending.request = msgspec.structs.replace(pending.request, stream_url=url)
-        self._send(pending)
+        return True
 
     def _send(self, pending: _Pending) -> None:
         if pending.call is not None and (pending.call.done() or self._away.join(pending)):

@@ -29,10 +29,10 @@ _PASSING = (Busy, CallTimeout, ConnectionLost, ShuttingDown)
 
 
 class _Told(msgspec.Struct):
-    state: str | None = None
-    done: float | None = None
-    total: float | None = None
-    note: str | None = None
+    state: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    note: str = ""
 
 
 _told = msgspec.json.Decoder(dict[str, _Told])
@@ -103,7 +103,7 @@ class ProgressWatch:
             return error
         for id, known in told.items():
             if (call := self._calls.get(id)) is not None:
-                call.note_progress(Progress(known.done, known.total, known.note, known.state))
+                call.note_progress(Progress(known.done, known.total or None, known.note, known.state))
         return None
 
 
