@@ -189,3 +189,29 @@ class GrantingPeer(Peer):
             if answer is None:
                 return
             conn.sendall(frame(answer))
+
+
+def url_object(path: str) -> dict[str, Any]:
+    return {"Scheme": "unix", "Opaque": "", "User": None, "Host": "", "Path": path, "RawQuery": ""}
+
+
+def answering(
+    tmp_path: Path,
+    answer: Callable[[dict[str, Any]], dict[str, Any]],
+    refuse: Callable[[dict[str, Any]], str] = lambda message: "",
+) -> GoPeer:
+    """A coordinator of the original: acknowledges, and answers at the hook, on a connection of its own."""
+
+    def reply(message: dict[str, Any]) -> bytes:
+        error = refuse(message)
+        if not error:
+            threading.Thread(target=respond, args=(message,)).start()
+        return ack(message["id"], error)
+
+    def respond(message: dict[str, Any]) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(message["responseHook"]["Path"])
+            sock.sendall(frame(json.dumps(answer(message)).encode()))
+            assert json.loads(read_frame(sock))["error"] == ""
+
+    return GoPeer(tmp_path / "peer.sock", reply)

@@ -17,7 +17,8 @@ from peers import WAIT
 from serving import Fifo, Served, environment
 
 import acomm
-from workers.cli import _json_types, _read_value, cli
+from workers.calling import json_types, read_value
+from workers.cli import cli
 
 pytestmark = pytest.mark.process
 
@@ -155,11 +156,11 @@ class TestReadValue:
         ],
     )
     def test_by_schema(self, text: str, schema: dict[str, Any] | None, value: Any) -> None:
-        assert _read_value(text, schema) == value
+        assert read_value(text, schema) == value
 
     def test_the_types_of_a_schema(self) -> None:
-        assert _json_types({"anyOf": [{"type": "integer"}, {"enum": ["a"]}]}) == {"integer", "string"}
-        assert _json_types({"anyOf": []}) is None
+        assert json_types({"anyOf": [{"type": "integer"}, {"enum": ["a"]}]}) == {"integer", "string"}
+        assert json_types({"anyOf": []}) is None
 
 
 class TestOthers:

@@ -70,6 +70,7 @@ WORKERS = {
     "provider": 5,
     "launch": 6,
     "supervisor": 6,
+    "calling": 7,
     "demo": 7,
     "cli": 8,
     "__init__": TOP,
@@ -81,7 +82,7 @@ LAYERS = {"acomm": ACOMM, "workers": WORKERS}
 ONLY_IN = {
     "dill": {"acomm/handlers.py"},
     "click": {"workers/cli.py", "workers/demo.py"},
-    "rich": {"workers/cli.py", "workers/demo.py"},
+    "rich": {"workers/calling.py", "workers/cli.py", "workers/demo.py"},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import wraps
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -14,8 +14,10 @@ import click
 import msgspec
 
 from acomm.calls import Call
-from acomm.client import Client, connect
+from acomm.client import connect
 from acomm.errors import AcommError, AddressInUse, ConfigError, HandlerError
+from acomm.itemstream import Stream
+from workers import calling
 from workers.config import Config
 from workers.errors import printable
 
@@ -149,18 +151,52 @@ def _count(number: int, what: str) -> str:
 @click.argument("arguments", nargs=-1, metavar="[JSON... | KEY=VALUE...]")
 @url_option
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up after that long, queueing included.")
+@click.option("--wait", type=float, default=0.0, metavar="SECONDS", help="Wait for one that is away.")
+@click.option("--token-file", metavar="FILE", help="Holds the token for HTTP.  [default: $ACOMM_TOKEN]")
+@click.option("--input", "source", metavar="FILE", help="Send FILE as the request's stream; - is stdin.")
+@click.option("--stream", "must_stream", is_flag=True, help="The answer must be a stream.")
+@click.option("--progress", "show_progress", is_flag=True, help="Show on stderr how far the task is.")
 @_reporting
-def call(task: str, arguments: tuple[str, ...], url: str | None, timeout: float | None) -> None:
-    """Call TASK and print its result as JSON.
+def call(
+    task: str,
+    arguments: tuple[str, ...],
+    url: str | None,
+    timeout: float | None,
+    wait: float,
+    token_file: str | None,
+    source: str | None,
+    must_stream: bool,
+    show_progress: bool,
+) -> None:
+    """Call TASK and print its result as JSON, or its stream as it comes.
 
     One JSON object gives keyword arguments, one array positional ones; any other JSON values are
     positional arguments. VALUE is read as JSON where that fits the task's type hint, else as text.
     """
     if timeout is not None and not 0 < timeout < float("inf"):
         raise click.UsageError("--timeout must be a positive number of seconds")
-    with connect(url) as client:
-        args, kwargs = _read_arguments(client, task, arguments)
-        _echo_json(_wait(client.using(timeout=timeout).submit(task, *args, **kwargs)))
+    if not 0 <= wait < float("inf"):
+        raise click.UsageError("--wait must be a number of seconds, 0 or more")
+    try:
+        given = calling.Arguments(arguments)
+        stream = None if source is None else calling.open_source(source)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    with connect(url, wait=wait, token_file=token_file) as client:
+        args, kwargs = given.for_task(client, task)
+        submitted = client.using(timeout=timeout, stream=stream).submit(task, *args, **kwargs)
+        with ExitStack() as shown:
+            if show_progress:
+                shown.enter_context(calling.Display(submitted))
+            result = _wait(submitted)
+            if isinstance(result, Stream):
+                if sys.stdout.isatty():
+                    shown.close()  # it would be in the way of what is printed
+                calling.copy(result, sys.stdout.buffer)
+                return
+        if must_stream:
+            raise AcommError(f"the answer of {printable(task)} is no stream")
+        _echo_json(result)
 
 
 def _wait(call: Call) -> Any:
@@ -169,73 +205,6 @@ def _wait(call: Call) -> Any:
     except KeyboardInterrupt:
         call.cancel()  # whoever interrupts a call wants the task to stop, not to run on unheard
         raise
-
-
-def _read_arguments(
-    client: Client, task: str, arguments: Sequence[str]
-) -> tuple[Sequence[Any], dict[str, Any]]:
-    values: list[Any] = []
-    named: dict[str, str] = {}
-    for text in arguments:
-        try:
-            values.append(msgspec.json.decode(text.encode()))
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            key, equals, value = text.partition("=")
-            if not equals or not key:
-                raise click.UsageError(f"{printable(text)} is neither JSON nor KEY=VALUE") from None
-            if key in named:
-                raise click.UsageError(f"{printable(key)} is given twice") from None
-            named[key] = value
-    if named and values:
-        raise click.UsageError("give JSON values or KEY=VALUE pairs, not both")
-    if named:
-        schema = _argument_schemas(client, task)
-        return (), {key: _read_value(text, schema.get(key)) for key, text in named.items()}
-    if len(values) == 1 and isinstance(values[0], dict):
-        return (), values[0]
-    if len(values) == 1 and isinstance(values[0], list):
-        return values[0], {}
-    return values, {}
-
-
-def _argument_schemas(client: Client, task: str) -> dict[str, Any]:
-    for known in client.tasks():
-        if known["name"] == task:
-            properties: dict[str, Any] = known["args"].get("properties", {})
-            return properties
-    return {}
-
-
-def _read_value(text: str, schema: dict[str, Any] | None) -> Any:
-    """A value from the command line: JSON where that fits the parameter's schema, else text."""
-    try:
-        value = msgspec.json.decode(text.encode())
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return text
-    wanted = _json_types(schema)
-    if wanted is None or not {"string"} & wanted:
-        return value
-    kind = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
-    found = kind.get(type(value), "null")
-    return value if found in wanted or (found == "integer" and "number" in wanted) else text
-
-
-def _json_types(schema: dict[str, Any] | None) -> set[str] | None:
-    """The JSON types that a schema names; None where it leaves that open."""
-    if not schema:
-        return None
-    if "type" in schema:
-        types = schema["type"]
-        return {types} if isinstance(types, str) else set(types)
-    if "enum" in schema:
-        return {"string"} if any(isinstance(item, str) for item in schema["enum"]) else None
-    found: set[str] = set()
-    for part in schema.get("anyOf", ()):
-        types = _json_types(part)
-        if types is None:
-            return None
-        found |= types
-    return found or None
 
 
 @cli.command()
@@ -258,7 +227,7 @@ def _signature(task: dict[str, Any]) -> str:
     required = set(schema.get("required", ()))
     parts = []
     for name, value in schema.get("properties", {}).items():
-        types = "|".join(sorted(_json_types(value) or {"any"}))
+        types = "|".join(sorted(calling.json_types(value) or {"any"}))
         parts.append(f"{name}: {types}" if name in required else f"[{name}: {types}]")
     return ", ".join(parts)
 

@@ -1,0 +1,211 @@
+"""What `acomm call` does: reads arguments from words, shows progress, copies a stream to its output."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from acomm.calls import Call, Progress
+from acomm.client import Client
+from acomm.errors import AcommError, ConnectionLost
+from acomm.itemstream import Stream
+from workers.errors import printable
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+EXIT_BROKEN_PIPE = 128 + 13
+"""What a shell says of a program that SIGPIPE has ended."""
+
+_ASK = 5.0
+"""Seconds for the service to tell its tasks' types. It may be one that has never heard of the question."""
+
+_LOOK = 0.2  # seconds between looks at the progress; the client asks as often
+
+
+class Arguments:
+    """Arguments from the command line: JSON values, or KEY=VALUE pairs. Raises ValueError in one line."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._values: list[Any] = []
+        self._named: dict[str, str] = {}
+        for text in texts:
+            try:
+                self._values.append(_json(text))
+            except ValueError:
+                self._name(text)
+        if self._named and self._values:
+            raise ValueError("give JSON values or KEY=VALUE pairs, not both")
+
+    def _name(self, text: str) -> None:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{printable(text)} is neither JSON nor KEY=VALUE")
+        if key in self._named:
+            raise ValueError(f"{printable(key)} is given twice")
+        self._named[key] = value
+
+    def for_task(self, client: Client, task: str) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Positional and keyword arguments. What a pair's value means is for the task's types to say, where
+        its service tells them and it makes a difference.
+        """
+        if self._named:
+            schemas = _schemas(client, task) if any(map(_is_json, self._named.values())) else {}
+            return (), {key: read_value(text, schemas.get(key)) for key, text in self._named.items()}
+        if len(self._values) == 1 and isinstance(self._values[0], dict):
+            return (), self._values[0]
+        if len(self._values) == 1 and isinstance(self._values[0], list):
+            return self._values[0], {}
+        return self._values, {}
+
+
+def _schemas(client: Client, task: str) -> dict[str, Any]:
+    """The parameters of `task` by name; none where the service tells nothing, as the original's do."""
+    try:
+        tasks = client.using(timeout=_ASK).call("acomm.tasks")
+    except ConnectionLost:
+        raise
+    except AcommError:
+        return {}
+    for known in tasks if isinstance(tasks, list) else ():
+        if known["name"] == task:
+            properties: dict[str, Any] = known["args"].get("properties", {})
+            return properties
+    return {}
+
+
+def _json(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text.encode())
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        raise ValueError("no JSON") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _json(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_value(text: str, schema: dict[str, Any] | None) -> Any:
+    """A value from the command line: JSON where that fits the parameter's schema, else text."""
+    try:
+        value = _json(text)
+    except ValueError:
+        return text
+    wanted = json_types(schema)
+    if wanted is None or not {"string"} & wanted:
+        return value
+    kind = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+    found = kind.get(type(value), "null")
+    return value if found in wanted or (found == "integer" and "number" in wanted) else text
+
+
+def json_types(schema: dict[str, Any] | None) -> set[str] | None:
+    """The JSON types that a schema names; None where it leaves that open."""
+    if not schema:
+        return None
+    if "type" in schema:
+        types = schema["type"]
+        return {types} if isinstance(types, str) else set(types)
+    if "enum" in schema:
+        return {"string"} if any(isinstance(item, str) for item in schema["enum"]) else None
+    found: set[str] = set()
+    for part in schema.get("anyOf", ()):
+        types = json_types(part)
+        if types is None:
+            return None
+        found |= types
+    return found or None
+
+
+def open_source(path: str) -> IO[bytes]:
+    """The file at `path`, or standard input for "-". Raises ValueError in one line."""
+    try:
+        # Unbuffered: a thread that waits in a buffered stdin would keep the program from ending.
+        if path == "-":
+            return open(os.dup(0), "rb", buffering=0)
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{printable(path)} cannot be read: {error.strerror}") from None
+
+
+def copy(stream: Stream, output: IO[bytes]) -> None:
+    """Copy a stream as it comes. Exits quietly when nobody reads the output any more. Raises ConnectionLost,
+    and AcommError when the output takes no more.
+    """
+    stream.format = None  # bytes, whatever is in them
+    with stream:
+        for chunk in stream:
+            try:
+                output.write(chunk)
+                output.flush()
+            except BrokenPipeError:
+                stream.close()
+                # What is left in its buffer is for nobody, and must not fail once more at the end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+                sys.exit(EXIT_BROKEN_PIPE)
+            except OSError as error:
+                raise AcommError(f"the output cannot be written: {error.strerror}") from None
+
+
+class Display:
+    """Shows on stderr how far a call is, while the `with` block lasts: a bar on a terminal, else a line for
+    each change.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._bar if sys.stderr.isatty() else self._lines, name="acomm-progress", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _lines(self) -> None:
+        shown = ""
+        while True:
+            over = self._over.wait(_LOOK)
+            line = describe(self._call.progress)
+            if line and line != shown:
+                shown = line
+                print(line, file=sys.stderr, flush=True)
+            if over:
+                return
+
+    def _bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            row: TaskID = bar.add_task("", total=None)
+            while not self._over.wait(_LOOK):
+                if (progress := self._call.progress) is not None:
+                    bar.update(
+                        row, description=describe(progress), total=progress.total, completed=progress.done
+                    )
+
+
+def describe(progress: Progress | None) -> str:
+    """In one line: state, "done of total", note."""
+    if progress is None:
+        return ""
+    done = f"{progress.done:g}" if progress.total is None else f"{progress.done:g} of {progress.total:g}"
+    parts = [progress.state, done if progress.done or progress.total else "", progress.note]
+    return printable(" ".join(part for part in parts if part))
