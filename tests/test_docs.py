@@ -72,14 +72,23 @@ def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("number", [1, 2])
-def test_the_programs_in_the_guide_run(served: dict[str, str], number: int) -> None:
-    program = blocks("docs/guide.md", "python")[number]
-    start = "main()" if "def main" in program else "ask(__import__('os').environ['ACOMM_URL'])"
-    program += f"\nimport asyncio\nprint(asyncio.run({start}))\n"
+@pytest.mark.parametrize(
+    ("name", "start"), [("async def main(", "main()"), ("async def ask(", "ask(os.environ['ACOMM_URL'])")]
+)
+def test_the_programs_in_the_guide_run(served: dict[str, str], name: str, start: str) -> None:
+    program = block_with(name) + f"\nimport asyncio, os\nprint(asyncio.run({start}))\n"
     done = run([sys.executable, "-W", "error", "-c", program], served)
     assert done.returncode == 0, done.stderr
     assert "3" in done.stdout
+
+
+@pytest.mark.process
+def test_the_calls_in_the_guide_print_what_they_are_said_to(served: dict[str, str]) -> None:
+    tasks = block_with("from app.tasks import add").replace("app.tasks", "guide")
+    streams = block_with("async def first_over(") + "\nimport asyncio\nprint(asyncio.run(first_over(50)))\n"
+    for program, printed in ((tasks, ["3", "(3, 4)"]), (streams, ["0", "1", "4", "2", "64"])):
+        done = run([sys.executable, "-W", "error", "-c", program], served)
+        assert (done.stdout.splitlines(), done.stderr) == (printed, "")
 
 
 @pytest.mark.process
