@@ -13,6 +13,7 @@ from acomm import jsontext
 from acomm.errors import printable
 from acomm.itemstream import Stream
 from acomm.messages import Response
+from acomm.streams import decline
 
 log = logging.getLogger("acomm.client")
 
@@ -39,7 +40,8 @@ class Caller(Protocol):
 
 
 class Call(Future[Any]):
-    """A call under way: a `concurrent.futures.Future` that can also be awaited. `id` is the request's.
+    """A call under way: a `concurrent.futures.Future` that can also be awaited. `id` is the request's, and
+    `sent_stream` the URL of the stream that went along with it.
 
     When the answer is a stream, the result is a `Stream`, and the call itself may be iterated over in its
     place: `for item in call` and `async for item in call`. TypeError says that the answer is no stream.
@@ -61,6 +63,7 @@ class Call(Future[Any]):
         self._decode_item = decode_item
         self._progress: Progress | None = None
         self._stream: Stream | None = None
+        self.sent_stream: str | None = None
 
     @property
     def progress(self) -> Progress | None:
@@ -149,8 +152,14 @@ class Call(Future[Any]):
             format=response.stream_format,
             decode=self._decode_item,
             result=result,
-            unread=lambda: self._client.stop_remote(self.id),
+            on_close=self._stream_closed,
         )
+
+    def _stream_closed(self, read: bool) -> None:
+        if not read:
+            self._client.stop_remote(self.id)
+        if self.sent_stream is not None:
+            decline(self.sent_stream)  # its task has ended
 
     def end(self, result: Any, error: BaseException | None) -> bool:
         """Become done; False if the call was cancelled before. Our own thread runs the callbacks then, and

@@ -366,8 +366,11 @@ class _Pending:
         """
         call, self.call = self.call, None
         self.client._answers.pop(self.request.id, None)
-        if self.request.stream_url is not None and not keep_stream:
-            decline(self.request.stream_url)
+        if self.request.stream_url is not None:
+            if keep_stream and call is not None:
+                call.sent_stream = self.request.stream_url
+            else:
+                decline(self.request.stream_url)
         return call
 
 

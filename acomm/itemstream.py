@@ -34,7 +34,8 @@ class Stream:
 
     Leaving early, by `close` or the end of a loop or `with`, ends the connection, which stops the task.
     `timeout` is for how many seconds the producer may be silent (None: for ever); set it before reading.
-    `result` is what the answer has carried besides, which is nothing for a task of ours.
+    `result` is what the answer has carried besides, which is nothing for a task of ours. `on_close(read)` is
+    called once, by whichever thread closes it: whether it was read at all.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Stream:
         decode: Decode | None = None,
         result: Any = None,
         timeout: float | None = SILENCE,
-        unread: Callable[[], None] | None = None,
+        on_close: Callable[[bool], None] | None = None,
     ) -> None:
         urls.check(url, "the stream URL")
         self.url = url
@@ -53,7 +54,7 @@ class Stream:
         self.result = result
         self.timeout = timeout
         self._decode = decode or _plain
-        self._unread = unread
+        self._on_close = on_close
         self._lock = threading.Lock()
         self._reader: str | None = None  # how it is read, once it is
         self._closed = False
@@ -79,17 +80,17 @@ class Stream:
             if self._closed:
                 return
             self._closed = True
-            unread, file, cut = self._reader is None, self._file, self._cut
-        if unread:
+            read, file, cut = self._reader is not None, self._file, self._cut
+        if not read:
             decline(self.url)
-            if self._unread is not None:
-                self._unread()
         if file is not None:
             file.abort()  # a thread that waits in it would keep it from being closed
             file.close()
         if cut is not None:
             with contextlib.suppress(RuntimeError):  # that event loop has ended
                 cut()
+        if self._on_close is not None:
+            self._on_close(read)
 
     async def aclose(self) -> None:
         """`close`, and wait until an event loop that has read from it has let go."""

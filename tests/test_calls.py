@@ -309,6 +309,9 @@ class TestSentStreams:
         assert client.using(stream=Source(b"x")).call("ignore_stream") == 1
         assert closed.wait(WAIT)
         closed.clear()
+        assert len(list(client.using(stream=Source(b"x")).submit("squares", 3))) == 3
+        assert closed.wait(WAIT)
+        closed.clear()
         with pytest.raises(errors.UnknownTask):
             client.using(stream=Source(b"x")).call("nothing of the kind")
         assert closed.wait(WAIT)

@@ -383,13 +383,15 @@ async def test_a_stream_that_is_forgotten_while_it_is_read_lets_its_producer_go(
     assert ends(streams) == ABANDONED
 
 
-async def test_whoever_made_it_is_told_when_it_is_not_read(streams: UnixStreams) -> None:
-    told: list[int] = []
-    stream = Stream(await streams.new_stream_unix(b""), unread=lambda: told.append(1))
+async def test_whoever_made_it_is_told_of_its_end_and_whether_it_was_read(streams: UnixStreams) -> None:
+    told: list[bool] = []
+    stream = Stream(await streams.new_stream_unix(b""), on_close=told.append)
     stream.close()
     stream.close()
-    assert told == [1]
-    stream = Stream("http://127.0.0.1:1/", unread=lambda: told.append(2))
+    assert told == [False]
+    assert await in_loop(Stream(await streams.new_stream_unix(b""), on_close=told.append)) == []
+    assert told == [False, True]
+    stream = Stream("http://127.0.0.1:1/", on_close=told.append)
     stream.close()
-    assert told == [1, 2]
+    assert told == [False, True, False]
     assert repr(stream) == "<Stream http://127.0.0.1:1/, bytes, closed>"
