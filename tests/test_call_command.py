@@ -164,7 +164,8 @@ class TestProgress:
         release.close()
         stdout, rest = command.communicate(timeout=WAIT)
         assert int(stdout) > 0
-        assert rest == b""
+        # Between its end and its answer the supervisor takes a call for one that is not running yet.
+        assert set(rest.splitlines()) <= {b"queued"}
 
     def test_a_bar_on_a_terminal(self, call: Command, started: Fifo, release: Fifo) -> None:
         leader, follower = os.openpty()
