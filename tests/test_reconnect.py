@@ -19,6 +19,16 @@ from acomm import errors
 pytestmark = pytest.mark.process
 
 
+def notices(client: acomm.Client) -> None:
+    """Wait until the client has seen its connection end: what is written to it before may have been taken."""
+    pause = threading.Event()
+    for _ in range(int(WAIT / 0.01)):
+        if not client._tracker.channels.connected(client.url, None):
+            return
+        pause.wait(0.01)
+    raise AssertionError("the connection to a dead supervisor stays")
+
+
 def test_calls_wait_for_a_supervisor_that_starts(tmp_path: Path) -> None:
     with acomm.connect(f"unix://{tmp_path}/s.sock", wait=WAIT) as client:
         early = [client.submit("add", number) for number in range(100)]
@@ -98,6 +108,7 @@ async def test_in_an_event_loop(tmp_path: Path) -> None:
             kill(served.pid)
             await asyncio.to_thread(served.wait)
             served.close()
+            await asyncio.to_thread(notices, client)
 
 
 def test_an_orderly_restart(tmp_path: Path) -> None:
@@ -105,6 +116,7 @@ def test_an_orderly_restart(tmp_path: Path) -> None:
         assert client.call("add", 1) == 1
         served.process.terminate()
         served.wait()  # its socket's file is gone now
+        notices(client)
         call = client.submit("add", 2)
         with Served(tmp_path):
             assert call.result(WAIT) == 2
