@@ -312,6 +312,11 @@ class UnixListener:
             raise
         self._sweep()
 
+    def hide(self) -> None:
+        """Remove the socket's file: nobody new finds it, who has connected is served."""
+        if self._bound is not None:
+            self._bound.hide()
+
     async def stop(self, timeout: float | None = None) -> None:
         """Accept no more and wait, at most `timeout` seconds (None: as long as it takes), until those
         who took connections by `next_conn` are done with them; then close what is left.
@@ -365,8 +370,7 @@ class UnixListener:
         if self._stopped:
             return
         self._stopped = True
-        if self._bound is not None:
-            self._bound.hide()
+        self.hide()
         self._waiting.put_nowait(None)
 
     async def _close_server(self) -> None:

@@ -63,13 +63,14 @@ def discard(path: str) -> None:
             os.unlink(name)
 
 
-def check_folder(folder: str) -> None:
-    """Make `folder` (0700) if it is missing; refuse one where somebody else could swap our socket.
+def check_folder(folder: str, mode: int = 0o700) -> None:
+    """Make `folder` with `mode`, less the umask, if it is missing; refuse one where somebody else could swap
+    our socket.
 
     Raises ConfigError. An existing folder is never chmodded: it is its owner's.
     """
     try:
-        _make_folder(folder)
+        _make_folder(folder, mode)
         link, info = os.lstat(folder), os.stat(folder)
     except OSError as error:
         raise ConfigError(f"cannot use the folder {printable(folder)}: {error.strerror}") from None
@@ -87,16 +88,16 @@ def check_folder(folder: str) -> None:
         )
 
 
-def _make_folder(folder: str) -> None:
-    """`mkdir -p` that makes every folder 0700: who may write to a parent may swap what is in it."""
+def _make_folder(folder: str, mode: int) -> None:
+    """`mkdir -p` that gives every folder `mode`: who may write to a parent may swap what is in it."""
     try:
-        os.mkdir(folder, 0o700)
+        os.mkdir(folder, mode)
     except FileExistsError:
         pass
     except FileNotFoundError:
-        _make_folder(os.path.dirname(folder))
+        _make_folder(os.path.dirname(folder), mode)
         with contextlib.suppress(FileExistsError):  # somebody else wants it, too
-            os.mkdir(folder, 0o700)
+            os.mkdir(folder, mode)
 
 
 class BoundSocket:

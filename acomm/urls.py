@@ -61,6 +61,11 @@ def unix_path(url: str) -> str | None:
     return url[7:] if url.startswith("unix://") else None
 
 
+def go_dials(path: str) -> bool:
+    """Whether Go programs that make a URL of `path` dial it as it stands; other characters they escape."""
+    return _plain_unix_path.fullmatch(path) is not None
+
+
 def scheme_of(url: str) -> str:
     return url.partition(":")[0].lower()
 
@@ -132,7 +137,7 @@ def encode(url: str | None) -> bytes:
     path = unix_path(url)
     if path is not None:
         members["Scheme"] = "unix"
-        members["Path" if _plain_unix_path.fullmatch(path) else "Opaque"] = path
+        members["Path" if go_dials(path) else "Opaque"] = path
         return msgspec.json.encode(members)
     from urllib.parse import quote, unquote
 
