@@ -103,6 +103,15 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="Time for the reader of a task's stream to come.  [default: 60]",
 )
 @click.option(
+    "--provider-dir",
+    metavar="DIR",
+    help="Serve tasks to a Go coordinator, too: its socket folder; DIR/TASK/PRIORITY-NAME.sock is made.",
+)
+@click.option("--provider-name", metavar="NAME", help="This provider's name in that folder.")
+@click.option(
+    "--provider-priority", type=int, metavar="N", help="Lower goes first, in text order.  [default: 50]"
+)
+@click.option(
     "--config", "file", metavar="FILE", help="Settings in TOML; options and ACOMM_* come before them."
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))

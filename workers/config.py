@@ -35,6 +35,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds, and so is
     `forward_timeout`, for requests to other services that bring no timeout of their own.
     `stream_expiry` is for how many seconds a task's stream waits for its reader.
+    With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
+    named after `provider_priority` and `provider_name`.
     """
 
     modules: tuple[str, ...] = ()
@@ -47,6 +49,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     drain_timeout: Seconds = 10.0
     forward_timeout: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 600.0
     stream_expiry: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = EXPIRY
+    provider_dir: str | None = None
+    provider_name: str | None = None
+    provider_priority: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 50
 
     @classmethod
     def load(

@@ -51,6 +51,11 @@ def _start(config: Config, notify: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "workers", *config.modules, "--until-eof", "--log-level", "warning"]
     command += ["--socket", config.socket, "--workers", str(config.workers)]
     command += ["--max-frame", str(config.max_frame), "--drain-timeout", str(config.drain_timeout)]
+    if config.provider_dir is not None:
+        command += ["--provider-dir", config.provider_dir]
+        command += ["--provider-priority", str(config.provider_priority)]
+    if config.provider_name is not None:
+        command += ["--provider-name", config.provider_name]
     for uid in config.allow_uid:
         command += ["--allow-uid", str(uid)]
     command += ["--forward-timeout", str(config.forward_timeout)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import functools
 import gc
 import logging
 import os
@@ -52,6 +53,7 @@ from workers.errors import (
 )
 from workers.handlerthreads import HandlerThreads
 from workers.pool import Pool
+from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import RESERVED, Registry, Task
 from workers.streaming import Place
@@ -109,14 +111,8 @@ class Supervisor:
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
-        self.listener = UnixListener(
-            self.config.socket,
-            mode=self.config.socket_mode,
-            allow_uids=self.config.allow_uid,
-            allow_gids=self.config.allow_gid,
-            max_frame=self.config.max_frame,
-            on_message=self._message,
-        )
+        self.listener = self._listen(self.config.socket)
+        self.provider = Provider.of(self.config, self.registry, self._listen)
         self.draining = False
         self._recent = Recent()
         self._calls: dict[str, Call] = {}
@@ -137,6 +133,17 @@ class Supervisor:
         self._idle: asyncio.Event | None = None
         self._released = False
         self._started_at = time.monotonic()
+
+    def _listen(self, path: str, task: str | None = None) -> UnixListener:
+        """A listener for requests: for those for `task` alone, if one is named."""
+        return UnixListener(
+            path,
+            mode=self.config.socket_mode,
+            allow_uids=self.config.allow_uid,
+            allow_gids=self.config.allow_gid,
+            max_frame=self.config.max_frame,
+            on_message=functools.partial(self._message, only=task) if task else self._message,
+        )
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.config.socket}, {self.pool!r}>"
@@ -159,8 +166,14 @@ class Supervisor:
             await self._workers_ready()
             await self.tracker.start()
             await self.listener.start()
-            self._give_to_group()
+            self._give_to_group(self.config.socket)
+            if self.provider is not None:
+                await self.provider.start()
+                for path in self.provider.paths:
+                    self._give_to_group(path)
         except BaseException:
+            if self.provider is not None:
+                await self.provider.stop()
             await self.listener.stop(0)
             await self.tracker.stop(0)
             self._release()
@@ -186,13 +199,13 @@ class Supervisor:
             raise ConfigError("the workers die while they start; their stderr tells why")
         self._loop.add_reader(self.pool.fileno(), self._drive)
 
-    def _give_to_group(self) -> None:
+    def _give_to_group(self, path: str) -> None:
         if self.config.socket_mode == 0o660:
             try:
-                os.chown(self.config.socket, -1, self.config.allow_gid[0])
+                os.chown(path, -1, self.config.allow_gid[0])
             except OSError as error:
                 raise ConfigError(
-                    f"cannot give the socket to group {self.config.allow_gid[0]}: {error.strerror}"
+                    f"cannot give {printable(path)} to group {self.config.allow_gid[0]}: {error.strerror}"
                 ) from None
 
     async def stop(self, drain_timeout: float | None = None) -> None:
@@ -203,7 +216,7 @@ class Supervisor:
             return
         if drain_timeout is None:
             drain_timeout = self.config.drain_timeout
-        self.draining = True
+        self._begin_draining()
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
         if (self._calls or self._forwarded or self._streams) and drain_timeout > 0:
@@ -221,12 +234,19 @@ class Supervisor:
         await self.tracker.finish(deadline - self._loop.time() - LAST_POSTS / 2)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS / 2)
+        if self.provider is not None:
+            await self.provider.stop()
         await self.listener.stop(0)
         await self.tracker.stop(0)
         try:
             await self._stop_workers()
         finally:
             self._release()
+
+    def _begin_draining(self) -> None:
+        self.draining = True
+        if self.provider is not None:
+            self.provider.hide()
 
     async def _stop_workers(self) -> None:
         """Let the workers exit by themselves; those that still run something are killed with the pool."""
@@ -302,7 +322,7 @@ class Supervisor:
         except BaseException:
             await self.stop(0)
             raise
-        self.draining = True  # before anybody is told
+        self._begin_draining()  # before anybody is told
         notify("STOPPING=1")
         log.info("stopping: %d calls to finish", len(self._calls))
         stopping = loop.create_task(self.stop())
@@ -312,8 +332,8 @@ class Supervisor:
 
     # -- requests -----------------------------------------------------------------------------------
 
-    def _message(self, conn: Connection, data: bytes) -> None:
-        """A message at the unix socket: accept it and acknowledge, or refuse."""
+    def _message(self, conn: Connection, data: bytes, only: str | None = None) -> None:
+        """A message at the unix socket, or at that of the task `only`: acknowledge or refuse it."""
         raw = conn.raw
         origin = Origin.unix(conn.peer.uid)
         try:
@@ -325,6 +345,8 @@ class Supervisor:
             self._refuse(conn, request, origin, error)
             return
         try:
+            if only is not None and request.task != only:
+                raise UnknownTask(f"no task but {only} is served at this socket")
             self.accept(request, origin)
         except Exception as error:
             if not isinstance(error, AcommError):
@@ -612,7 +634,7 @@ class Supervisor:
             "queued": calls.queued,
             "assigned": calls.assigned,
             "streams": {"open": len(self._streams), **self._stream_ends},
-            "connections": self.listener.connections,
+            "connections": self.listener.connections + (self.provider.connections if self.provider else 0),
             "hooks": {
                 "delivered": delivery.delivered,
                 "pending": delivery.pending,
