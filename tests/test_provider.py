@@ -18,9 +18,9 @@ from peers import WAIT, GoPeer, ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm.socketpath import check_folder
+from workers import launch
 from workers.config import Config
 from workers.errors import ConfigError
-from workers.launch import launch
 from workers.provider import Provider, socket_path
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
