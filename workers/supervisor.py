@@ -205,7 +205,8 @@ class Supervisor:
                 os.chown(path, -1, self.config.allow_gid[0])
             except OSError as error:
                 raise ConfigError(
-                    f"cannot give the socket {printable(path)} to group {self.config.allow_gid[0]}: {error.strerror}"
+                    f"cannot give the socket {printable(path)} to group {self.config.allow_gid[0]}: "
+                    f"{error.strerror}"
                 ) from None
 
     async def stop(self, drain_timeout: float | None = None) -> None:
