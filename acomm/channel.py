@@ -56,6 +56,10 @@ _plain_acks = {ok_ack(b'""', wire, False) for wire in (2, 3)}
 Delivered = Callable[[AcommError | None], None]
 
 
+class NoAcknowledgement(ConnectionLost):
+    """The peer took the connection, and closed it without an acknowledgement."""
+
+
 class Outgoing:
     """A message on its way. `delivered(error)` is called once: with None when it was acknowledged, else
     with the acknowledgement's error, or ConnectionLost when none came.
@@ -554,7 +558,7 @@ class _Pipeline(FrameProtocol):
         if self._timer is not None:
             self._timer.cancel()
         if self._first is not None and not self._first.done():
-            self._first.set_exception(ConnectionLost("the peer closed the connection without an ack"))
+            self._first.set_exception(NoAcknowledgement("the peer closed the connection without an ack"))
             self._first.exception()  # whoever waited may have given up; it is not lost on anyone
         self._channel.broken(self, self.take())
 

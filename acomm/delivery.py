@@ -8,9 +8,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from acomm.channel import Channels, Outgoing
-from acomm.errors import AcommError, BadRequest, Forbidden, printable
+from acomm.channel import Channels, NoAcknowledgement, Outgoing
+from acomm.errors import AcommError, BadRequest, ConnectionLost, Forbidden, TooLarge, printable
 from acomm.messages import Response, ok_ack
+from acomm.urls import unix_path
 
 if TYPE_CHECKING:
     from acomm.egress import Origin
@@ -21,6 +22,11 @@ FIRST_BACKOFF = 0.1
 LONGEST_BACKOFF = 30.0
 GIVE_UP_AFTER = 600.0
 """Seconds. A hook that is down for longer has lost its caller, as nothing here survives a restart."""
+
+SAFE_FOR_GENERATION_2 = 64 * 1024
+"""Bytes of a frame. Its peers read a body with one call, which gets what the socket's buffer holds: some
+200 KiB at most, and less if they are quick.
+"""
 
 _expected = {wire: ok_ack(b'""', wire, True) for wire in (1, 2, 3)}
 
@@ -103,7 +109,18 @@ class Delivery:
 
 
 class _Attempt:
-    __slots__ = ("delivery", "extended", "failures", "origin", "payload", "since", "timer", "url", "wire")
+    __slots__ = (
+        "delivery",
+        "extended",
+        "failures",
+        "origin",
+        "payload",
+        "refusals",
+        "since",
+        "timer",
+        "url",
+        "wire",
+    )
 
     def __init__(
         self, delivery: Delivery, url: str, payload: bytes, wire: int, extended: bool, origin: Origin | None
@@ -115,6 +132,7 @@ class _Attempt:
         self.extended = extended
         self.origin = origin
         self.failures = 0
+        self.refusals = 0  # of them, those after the hook had the response
         self.since = time.monotonic()
         self.timer: asyncio.TimerHandle | None = None
 
@@ -138,6 +156,8 @@ class _Attempt:
             self.delivery.finished(True)
             return
         self.failures += 1
+        if not isinstance(error, ConnectionLost) or isinstance(error, NoAcknowledgement):
+            self.refusals += 1
         first = self.failures == 1 and self.delivery.failed_first(self.url)
         loop = asyncio.get_running_loop()
         # What the policy forbids, or the hook itself, does not become allowed by asking again.
@@ -148,6 +168,8 @@ class _Attempt:
             log.log(level, "gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)
             return
+        if self.refusals == 2 and self._beyond_the_peer():
+            self._say_how_large()
         from random import uniform  # it costs a tenth of `import acomm`, for what should be rare
 
         # The exponent has an end, or a hook that is down for days makes it too large for a float.
@@ -161,3 +183,24 @@ class _Attempt:
         )
         self.timer = loop.call_later(pause, self.send)
         self.delivery._retries.add(self.timer)
+
+    def _beyond_the_peer(self) -> bool:
+        """Whether a generation 2 hook may be unable to read this, however often it comes."""
+        return (
+            self.wire == 2 and len(self.payload) > SAFE_FOR_GENERATION_2 and unix_path(self.url) is not None
+        )
+
+    def _say_how_large(self) -> None:
+        """From now on, deliver an error in place of what the hook cannot read."""
+        size = len(self.payload)
+        log.warning(
+            "the hook %s did not take a response of %d bytes; it gets an error that says so",
+            printable(self.url),
+            size,
+        )
+        error = TooLarge(
+            f"the response has {size} bytes, and its hook twice did not take it: a generation 2 peer reads "
+            f"up to {SAFE_FOR_GENERATION_2} safely"
+        )
+        response = Response(Response.decode(self.payload).id, error=error)
+        self.payload = response.encode(self.wire, extended=self.extended)

@@ -205,3 +205,71 @@ async def test_the_log_tells_once_of_a_hook_whatever_number_of_responses_it_refu
     assert deliveries.abandoned == 50
     assert [record.levelno for record in caplog.records].count(logging.WARNING) == 2
     assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
+
+
+# -- generation 2, whose peers read a body with one call ---------------------------------------------
+
+LARGE = "x" * 1_000_000
+
+
+async def test_what_a_generation_2_hook_cannot_read_becomes_an_error(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack(), generation=2) as hook:
+        deliveries.post(hook.url, Response("i", LARGE), 2)
+        await drained(deliveries)
+        size = len(Response("i", LARGE).encode(2))
+        assert hook.unreadable == [size, size]
+        (message,) = hook.messages
+    assert (message["id"], message["result"], message["stream_url"]) == ("i", None, None)
+    assert f"{size} bytes" in message["error"]
+    assert f"{size} bytes; it gets an error" in caplog.text
+    assert deliveries.delivered == 1
+
+
+async def test_it_becomes_one_where_the_hook_says_that_it_cannot_read_it(
+    tmp_path: Path, channels: Channels
+) -> None:
+    got: list[Any] = []
+
+    def reply(received: dict[str, Any]) -> bytes:
+        got.append(received["result"])
+        return ack(error="invalid character '\\x00' in string literal" if received["result"] else "")
+
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", reply) as hook:
+        deliveries.post(hook.url, Response("i", "x" * 70_000), 2)
+        await drained(deliveries)
+    assert [result and len(result) for result in got] == [70_000, 70_000, None]
+
+
+@pytest.mark.parametrize(("size", "wire"), [(60_000, 2), (1_000_000, 3)])
+async def test_what_a_hook_can_read_is_tried_for_longer(
+    tmp_path: Path, channels: Channels, size: int, wire: int
+) -> None:
+    seen: list[Any] = []
+
+    def reply(received: dict[str, Any]) -> bytes:
+        seen.append(received["result"])
+        return b"" if len(seen) < 5 else ack()
+
+    deliveries = Delivery(channels)
+    with GoPeer(tmp_path / "hook.sock", reply) as hook:
+        deliveries.post(hook.url, Response("i", "x" * size), wire)
+        await drained(deliveries)
+    assert seen == ["x" * size] * 5
+
+
+async def test_a_hook_that_is_down_has_not_failed_to_read(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "acomm.delivery")
+    deliveries = Delivery(channels)
+    deliveries.post(f"unix://{tmp_path}/hook.sock", Response("i", LARGE), 2)
+    async with asyncio.timeout(WAIT):
+        while caplog.text.count("did not take a response") < 5:
+            await asyncio.sleep(0.001)
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        await drained(deliveries)
+        assert [message["result"] for message in hook.messages] == [LARGE]
