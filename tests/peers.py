@@ -189,7 +189,8 @@ class GoPeer(Peer):
         if answer := self.reply(message):
             conn.sendall(frame(answer))
             conn.shutdown(socket.SHUT_WR)
-            if more := conn.recv(100):
+            # A test may have it grant a channel and close it nevertheless.
+            if b'"acomm":1' not in answer and (more := conn.recv(100)):
                 self.faults.append(f"more than one message on a connection: {more!r}")
 
     def close(self) -> None:
