@@ -449,7 +449,8 @@ class _Exchange:
         except (BlockingIOError, InterruptedError):
             return
         except (OSError, FrameTooLarge) as error:
-            self.end(_unreachable(self._channel.url, error, sent=True))
+            reason = getattr(error, "strerror", None) or error
+            self.end(NoAcknowledgement(f"the peer broke the connection off without an ack: {reason}"))
             return
         if acks:
             granted, refusal = _ack_error(acks[0])
@@ -457,7 +458,7 @@ class _Exchange:
                 self._channel.owner.learned(self._channel.url, granted)
             self.end(refusal)
         elif not data:
-            self.end(ConnectionLost("the peer closed the connection without an ack"))
+            self.end(NoAcknowledgement("the peer closed the connection without an ack"))
 
     def _late(self) -> None:
         self.end(ConnectionLost(f"no acknowledgement from {printable(self._channel.url)} in time"))
