@@ -26,14 +26,15 @@ import msgspec
 
 from acomm.away import Away
 from acomm.calls import Call, Decode
-from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable
-from acomm.messages import Request, Response
+from acomm.channel import Outgoing
+from acomm.errors import AcommError, BadRequest, ConnectionLost, UnknownTask, Unreachable
+from acomm.messages import RESERVED, Request, Response
 from acomm.socketpath import default_socket
 from acomm.streams import Source, UnixStreams, decline
 from acomm.submitting import Options, Submitter
 from acomm.tokens import find_token
 from acomm.tracker import Answer, Tracker
-from acomm.urls import check, unix_url
+from acomm.urls import check, unix_path, unix_url
 from acomm.watch import ProgressWatch
 
 log = logging.getLogger("acomm.client")
@@ -314,6 +315,15 @@ class Client(Submitter):
         self._ask(pending.request, pending)
 
     def _ask(self, request: Request, answer: Answer) -> None:
+        # The original's providers run their task whatever name is asked for, with whatever arguments.
+        if request.task.startswith(RESERVED) and unix_path(self.url) is not None:
+            ours = self._tracker.channels.granting.get(self.url)
+            if ours is None:
+                self._ask_when_known(request, answer)
+                return
+            if not ours:
+                answer.set_exception(UnknownTask(f"no supervisor of this kind is at {self.url}"))
+                return
         try:
             self._tracker.post(self.url, request, answer)
         except AcommError as error:
@@ -321,6 +331,21 @@ class Client(Submitter):
         except Exception as error:
             log.exception("a request could not be sent")
             answer.set_exception(BadRequest(f"the request could not be sent: {error}"))
+
+    def _ask_when_known(self, request: Request, answer: Answer) -> None:
+        """Learn first whether a supervisor of ours is there: a request without a task is run by nobody, and
+        only ours grants a channel with its refusal.
+        """
+
+        def told(error: AcommError | None) -> None:
+            if isinstance(error, ConnectionLost):
+                answer.set_exception(error)
+            else:
+                self._tracker.channels.granting.setdefault(self.url, False)
+                self._ask(request, answer)
+
+        probe = Request("").encode(extended=True)
+        self._tracker.channels.post(self.url, Outgoing(probe, told, wire=3, extended=True))
 
 
 class _Pending:

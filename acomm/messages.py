@@ -41,6 +41,9 @@ MAX_PRIORITY = 2**31 - 1
 
 GENERATIONS = (1, 2, 3)
 
+RESERVED = "acomm."
+"""Tasks whose names begin so are a supervisor's own verbs (`acomm.stats`)."""
+
 _string = msgspec.json.Decoder(str | None)
 _number = msgspec.json.Decoder(float | None)
 _integer = msgspec.json.Decoder(int | None)

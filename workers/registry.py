@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from acomm.jsontext import encode
+from acomm.messages import RESERVED
 from workers.errors import ConfigError, TaskError, TooLarge, printable
 from workers.signature import Bound, Parameters, RawArgs
 from workers.taskview import TaskView
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-RESERVED = "acomm."
-"""Names that begin so are the supervisor's own verbs (`acomm.stats`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from acomm.egress import Origin, Policy
 from acomm.errors import AcommError
 from acomm.jsontext import parse
 from acomm.listener import Connection, UnixListener
-from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.messages import RESERVED, Request, Response, ok_ack, salvage
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
 from workers.calls import Call, Outcome
@@ -55,7 +55,7 @@ from workers.handlerthreads import HandlerThreads
 from workers.pool import Pool
 from workers.provider import Provider
 from workers.recent import Recent, digest
-from workers.registry import RESERVED, Registry, Task
+from workers.registry import Registry, Task
 from workers.streaming import Place
 
 log = logging.getLogger("acomm.supervisor")
