@@ -21,6 +21,7 @@ from acomm.errors import BadRequest, printable
 T = TypeVar("T")
 
 _encode = msgspec.json.encode
+_raw_decoder = msgspec.json.Decoder(msgspec.Raw)
 _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # A number is in range if its digits before the exponent are fewer than 200 and the exponent's two.
 _suspicious = re.compile(rb"\\u[dD]|[eE]\+?\d{3}")
@@ -153,6 +154,17 @@ def parse_as(decoder: msgspec.json.Decoder[T], data: bytes | memoryview, what: s
         return decoder.decode(data)
     except INVALID as error:
         raise BadRequest(f"{what}: {why_invalid(error, data)}") from None
+
+
+def raw_value(data: bytes, what: str) -> msgspec.Raw:
+    """`data` as one JSON value that is left undecoded. Raises BadRequest unless it is valid."""
+    raw = parse_as(_raw_decoder, data, what)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{what}: {why_invalid(error, data)}") from None
+    check_value(raw, what)
+    return raw
 
 
 def check_value(raw: msgspec.Raw, what: str) -> None:

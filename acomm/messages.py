@@ -135,12 +135,13 @@ class Request(_Positional, frozen=True, kw_only=True):
         _check_limits(self)
 
     @classmethod
-    def decode(cls, data: bytes, *, raw: bool = False) -> Request:
+    def decode(cls, data: bytes, *, raw: bool = False, localhost: str | None = None) -> Request:
         """Read a request of any generation; `args` stay undecoded. Raises BadRequest.
 
-        `raw`: it came as EOF-ended JSON, which makes it generation 1 whatever its keys.
+        `raw`: it came as EOF-ended JSON, which makes it generation 1 whatever its keys. `localhost` is the
+        address of a sender over HTTP: hook and stream URL lead there where they name the sender's own host.
         """
-        if not raw and (request := _decode_own_request(data)) is not None:
+        if not raw and (request := _decode_own_request(data, localhost)) is not None:
             return request
         fields = jsontext.object_fields(data, _request_keys, "request")
         wire = 1 if raw else 2 if _generation_3_keys.isdisjoint(fields) else 3
@@ -152,9 +153,9 @@ class Request(_Positional, frozen=True, kw_only=True):
             _text(get("task"), "task"),
             args,
             id=_text(get("id"), "id"),
-            response_hook=urls.decode(get("responsehook"), "response hook"),
+            response_hook=urls.decode(get("responsehook"), "response hook", localhost),
             task_url=urls.decode(get("taskurl"), "task URL") if wire == 3 else None,
-            stream_url=urls.decode(get("streamurl"), "stream URL") if wire == 3 else None,
+            stream_url=urls.decode(get("streamurl"), "stream URL", localhost) if wire == 3 else None,
             timeout=_value(_number, get("timeout"), "timeout"),
             priority=_value(_integer, get("priority"), "priority") or 0,
             handlers=_value(_handlers, get("handlers"), "handlers"),
@@ -296,7 +297,7 @@ class Response(msgspec.Struct, frozen=True):
         if not extended:
             return body + b"}"
         if self.error is not None:
-            body += b',"error_info":%b' % _safe_json(self.error.info())
+            body += b',"error_info":%b' % error_json(self.error)
         if self.stream_format is not None:
             body += b',"stream_format":%b' % _quote(self.stream_format)
         return body + b',"acomm":1}'
@@ -348,7 +349,7 @@ _OWN_REQUEST_SIZE = len(
 _OWN_RESPONSE_SIZE = len('{"error":"","id":"","result":,"streamURL":null,"acomm":1}')
 
 
-def _decode_own_request(data: bytes) -> Request | None:
+def _decode_own_request(data: bytes, localhost: str | None = None) -> Request | None:
     try:
         own = _own_request.decode(data)
         data.decode()
@@ -370,7 +371,7 @@ def _decode_own_request(data: bytes) -> Request | None:
         own.task,
         args,
         id=own.id,
-        response_hook=urls.decode(hook, "response hook"),
+        response_hook=urls.decode(hook, "response hook", localhost),
         timeout=timeout,
         priority=priority,
         extended=True,
@@ -416,6 +417,11 @@ def ok_ack(id_json: bytes, wire: int, extended: bool) -> bytes:
     key = b"stream_url" if wire == 2 else b"streamURL"
     tail = b',"acomm":1}' if extended else b"}"
     return b'{"error":"","id":%b,"result":null,"%b":null%b' % (id_json, key, tail)
+
+
+def error_json(error: AcommError) -> bytes:
+    """The `error_info` object of `error` as JSON."""
+    return _safe_json(error.info())
 
 
 def salvage(data: bytes, *, raw: bool = False) -> tuple[str, int, bool, str | None]:

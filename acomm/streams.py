@@ -67,6 +67,9 @@ SILENCE = 300.0
 noticed at once; this is for hosts that vanish from the network and producers that hang.
 """
 
+STALL = 60.0
+"""Seconds that an HTTP reader of a stream may take nothing before it is cut off."""
+
 MAX_OPEN = 1024
 """Streams of one owner that wait or run. Each takes up to four descriptors."""
 
@@ -79,6 +82,7 @@ _LINGER = 30.0
 _LIFETIME = 3600.0
 _NONCE_BYTES = 8
 _URL_SAFE = "/?%:@!$&'()*+,;=~[]"
+_PLAIN_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 Chunk = bytes | bytearray | memoryview
 
@@ -940,7 +944,7 @@ class StreamProxy:
         secret: bytes | None = None,
         *,
         timeout: float | None = SILENCE,
-        stall: float = 60.0,
+        stall: float = STALL,
         clock: Callable[[], float] = time.monotonic,
         guard: Guard | None = None,
     ) -> None:
@@ -1004,8 +1008,10 @@ class StreamProxy:
         text = "\n".join(parts).encode("utf-8", "surrogatepass")
         return hmac.new(self._secret, text, "sha256").hexdigest()
 
-    async def serve(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer a request for a signed URL, as a handler of aiohttp's.
+    async def serve(
+        self, request: web.BaseRequest, headers: Mapping[str, str] = _PLAIN_HEADERS
+    ) -> web.StreamResponse:
+        """Answer a request for a signed URL, as a handler of aiohttp's. `headers` go with every answer.
 
         403 for a URL that is not ours; 502 when the stream fails before its first byte. When it fails
         later the connection is reset, so that no reader takes what it has for the whole.
@@ -1013,50 +1019,56 @@ class StreamProxy:
         from aiohttp import web
 
         if request.method != "GET":  # HEAD must not use the stream up
-            return web.Response(status=405, headers={"Allow": "GET"}, text="a stream can only be read\n")
+            allowed = {**headers, "Allow": "GET"}
+            return web.Response(status=405, headers=allowed, text="a stream can only be read\n")
         try:
             url = self.verify(request.query)
         except Forbidden as error:
-            return web.Response(status=403, text=f"{error}\n")
+            return web.Response(status=403, headers=headers, text=f"{error}\n")
         async with aclosing(open_stream(url, timeout=self.timeout, guard=self._guard)) as chunks:
             try:
                 first = await anext(chunks, b"")
             except (ConnectionLost, Forbidden) as error:
                 log.warning("a stream cannot be proxied: %s", error)
-                return web.Response(status=502, text="the stream cannot be read\n")
-            return await self._pass_on(request, first, chunks)
+                return web.Response(status=502, headers=headers, text="the stream cannot be read\n")
+            headers = {"Content-Type": "application/octet-stream", **headers}
+            return await pass_on(request, first, chunks, headers=headers, stall=self.stall)
 
-    async def _pass_on(
-        self, request: web.BaseRequest, first: bytes, rest: AsyncIterator[bytes]
-    ) -> web.StreamResponse:
-        from aiohttp import web
 
-        response = web.StreamResponse(
-            headers={
-                "Content-Type": "application/octet-stream",
-                "Cache-Control": "no-store",
-                "X-Content-Type-Options": "nosniff",
-            }
-        )
-        await response.prepare(request)
-        try:
-            if first:
-                await self._write(response, first)
-            async for chunk in rest:
-                await self._write(response, chunk)
-        except ConnectionLost as error:
-            log.warning("a proxied stream broke: %s", error)
-            _reset(request)
-        except TimeoutError:
-            log.warning("the reader of a proxied stream has taken nothing for %g seconds", self.stall)
-            _reset(request)
-        except ConnectionError:
-            pass  # the reader has left
-        return response
+async def pass_on(
+    request: web.BaseRequest,
+    first: bytes,
+    rest: AsyncIterator[bytes],
+    *,
+    headers: Mapping[str, str],
+    stall: float = STALL,
+) -> web.StreamResponse:
+    """Answer an HTTP request with `first` and the chunks of `rest`. When those break off, or when the
+    reader takes nothing for `stall` seconds, the connection is reset.
+    """
+    from aiohttp import web
 
-    async def _write(self, response: web.StreamResponse, chunk: bytes) -> None:
-        async with asyncio.timeout(self.stall):
-            await response.write(chunk)
+    response = web.StreamResponse(headers=headers)
+    await response.prepare(request)
+    try:
+        if first:
+            await _write_within(response, first, stall)
+        async for chunk in rest:
+            await _write_within(response, chunk, stall)
+    except ConnectionLost as error:
+        log.warning("a proxied stream broke: %s", error)
+        _reset(request)
+    except TimeoutError:
+        log.warning("the reader of a proxied stream has taken nothing for %g seconds", stall)
+        _reset(request)
+    except ConnectionError:
+        pass  # the reader has left
+    return response
+
+
+async def _write_within(response: web.StreamResponse, chunk: bytes, seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        await response.write(chunk)
 
 
 def _reset(request: web.BaseRequest) -> None:

@@ -152,16 +152,20 @@ def encode(url: str | None) -> bytes:
     return msgspec.json.encode(members)
 
 
-def decode(raw: msgspec.Raw | None, what: str) -> str | None:
-    """The URL of a Go URL object or a plain string; None for `null` or nothing. Raises BadRequest."""
+def decode(raw: msgspec.Raw | None, what: str, localhost: str | None = None) -> str | None:
+    """The URL of a Go URL object or a plain string; None for `null` or nothing. Raises BadRequest.
+
+    `localhost` is the address of a sender on another host, for `replace_localhost`.
+    """
     if raw is None:
         return None
     data = bytes(raw)
     # Strangers choose what comes here, so the cache keeps nothing large.
-    return _decode(data, what) if len(data) > _MAX_CACHED else _decode_cached(data, what)
+    read = _decode if len(data) > _MAX_CACHED else _decode_cached
+    return read(data, what, localhost)
 
 
-def _decode(data: bytes, what: str) -> str | None:
+def _decode(data: bytes, what: str, localhost: str | None) -> str | None:
     if len(data) > 6 * MAX_URL:
         raise BadRequest(f"{what} is longer than {6 * MAX_URL} bytes")
     try:
@@ -174,6 +178,8 @@ def _decode(data: bytes, what: str) -> str | None:
         value = _from_members(value, what)
     if not isinstance(value, str):
         raise BadRequest(f"{what} must be a URL object, not {type(value).__name__}")
+    if localhost is not None:
+        value = replace_localhost(value, localhost)
     check(value, what)
     return value
 

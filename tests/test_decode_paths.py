@@ -69,7 +69,7 @@ def test_both_ways_agree_on_any_message(monkeypatch: pytest.MonkeyPatch) -> None
         if cls is Response
     )
     assert taken > 1000, "the quick way is hardly taken"
-    monkeypatch.setattr(messages, "_decode_own_request", lambda data: None)
+    monkeypatch.setattr(messages, "_decode_own_request", lambda data, localhost=None: None)
     monkeypatch.setattr(messages, "_decode_own_response", lambda data: None)
     general = [reading(cls, data) for cls, data in samples]
     for sample, one, other in zip(samples, quick, general, strict=True):

@@ -49,7 +49,9 @@ WORKERS = {
     "calls": 1,
     "config": 1,
     "handlerthreads": 1,
+    "httpaccess": 1,
     "lineage": 1,
+    "openapi": 1,
     "recent": 1,
     "restarts": 1,
     "scoreboard": 1,
@@ -83,6 +85,13 @@ ONLY_IN = {
     "dill": {"acomm/handlers.py"},
     "click": {"workers/cli.py", "workers/demo.py"},
     "rich": {"workers/calling.py", "workers/cli.py", "workers/demo.py"},
+    "aiohttp": {
+        "acomm/channel.py",
+        "acomm/httpegress.py",
+        "acomm/streams.py",
+        "acomm/tracker.py",
+        "workers/door.py",
+    },
 }
 
 

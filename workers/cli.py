@@ -96,6 +96,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     metavar="SECONDS",
     help="For requests passed on to other services that bring no timeout.  [default: 600]",
 )
+@click.option("--http", metavar="HOST:PORT", help="Take requests over HTTP, too. Port 0: any that is free.")
+@click.option(
+    "--http-token-file",
+    metavar="PATH",
+    help="The secret that callers over HTTP show; made if missing.  [default: the socket's path and .token]",
+)
+@click.option(
+    "--http-no-token",
+    is_flag=True,
+    default=None,
+    help="Let in whoever can connect; on loopback addresses only.",
+)
+@click.option(
+    "--http-host", multiple=True, metavar="NAME[:PORT]", help="A further name that callers know us by."
+)
+@click.option("--http-url", metavar="URL", help="How others reach us over HTTP, if not at that port.")
 @click.option(
     "--stream-expiry",
     type=float,
@@ -122,6 +138,7 @@ def serve(
     allow_uid: tuple[int, ...],
     allow_group: tuple[int, ...],
     allow_hook: tuple[str, ...],
+    http_host: tuple[str, ...],
     file: str | None,
     log_level: str,
     until_eof: bool,
@@ -138,6 +155,7 @@ def serve(
         "allow_uid": allow_uid or None,
         "allow_gid": allow_group or None,
         "allow_hook": allow_hook or None,
+        "http_host": http_host or None,
     }
     config = Config.load({**given, **lists}, file=file)
     Supervisor(config=config).run(_announce, until_eof=until_eof)
@@ -146,9 +164,8 @@ def serve(
 def _announce(supervisor: Any) -> None:
     workers, tasks = supervisor.pool.size, len(supervisor.registry)
     with suppress(OSError):  # nobody may be there to read it
-        click.echo(
-            f"acomm: ready on {supervisor.url} with {_count(workers, 'worker')} and {_count(tasks, 'task')}"
-        )
+        where = supervisor.url if supervisor.door is None else f"{supervisor.url} and {supervisor.door.url}"
+        click.echo(f"acomm: ready on {where} with {_count(workers, 'worker')} and {_count(tasks, 'task')}")
 
 
 def _count(number: int, what: str) -> str:

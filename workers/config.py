@@ -37,6 +37,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `stream_expiry` is for how many seconds a task's stream waits for its reader.
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
+
+    `http` is where the HTTP door listens, HOST:PORT (None: there is none); `http_url` how others reach it;
+    `http_token_file` is a path (None: the socket's, with `.token`), and `http_no_token` lets in everybody who
+    can connect; `http_host` are further names that it answers to.
     """
 
     modules: tuple[str, ...] = ()
@@ -52,6 +56,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     provider_dir: str | None = None
     provider_name: str | None = None
     provider_priority: Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)] = 50
+    http: str | None = None
+    http_url: str | None = None
+    http_token_file: str | None = None
+    http_no_token: bool = False
+    http_host: tuple[str, ...] = ()
 
     @classmethod
     def load(

@@ -63,6 +63,7 @@ def _start(config: Config, notify: Path) -> subprocess.Popen[bytes]:
         command += ["--allow-group", str(gid)]
     for rule in config.allow_hook:
         command += ["--allow-hook", rule]
+    command += _http_options(config)
     # The modules are found there as they would be here.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
@@ -71,6 +72,15 @@ def _start(config: Config, notify: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         env={**os.environ, "NOTIFY_SOCKET": str(notify), "PYTHONPATH": path},
     )
+
+
+def _http_options(config: Config) -> list[str]:
+    options = [f"--http-host={name}" for name in config.http_host]
+    for name in ("http", "http_url", "http_token_file"):
+        value = getattr(config, name)
+        if value is not None:
+            options.append(f"--{name.replace('_', '-')}={value}")
+    return [*options, "--http-no-token"] if config.http_no_token else options
 
 
 @contextmanager

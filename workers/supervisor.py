@@ -25,7 +25,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -57,6 +57,9 @@ from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
 from workers.streaming import Place
+
+if TYPE_CHECKING:
+    from workers.door import Door
 
 log = logging.getLogger("acomm.supervisor")
 
@@ -114,6 +117,7 @@ class Supervisor:
         self.listener = self._listen(self.config.socket)
         self.provider = Provider.of(self.config, self.registry, self._listen)
         self.draining = False
+        self.door = self._make_door()
         self._recent = Recent()
         self._calls: dict[str, Call] = {}
         self._forwarded: set[str] = set()
@@ -153,6 +157,13 @@ class Supervisor:
         """Where requests are sent."""
         return self.listener.url
 
+    def _make_door(self) -> Door | None:
+        if self.config.http is None:
+            return None
+        from workers.door import Door  # HTTP takes long to import, and most do without
+
+        return Door(self)
+
     # -- life ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -165,6 +176,8 @@ class Supervisor:
         try:
             await self._workers_ready()
             await self.tracker.start()
+            if self.door is not None:
+                await self.door.start()
             await self.listener.start()
             self._give_to_group(self.config.socket)
             if self.provider is not None:
@@ -175,6 +188,8 @@ class Supervisor:
             if self.provider is not None:
                 await self.provider.stop()
             await self.listener.stop(0)
+            if self.door is not None:
+                await self.door.close(0)
             await self.tracker.stop(0)
             self._release()
             raise
@@ -238,6 +253,8 @@ class Supervisor:
         if self.provider is not None:
             await self.provider.stop()
         await self.listener.stop(0)
+        if self.door is not None:
+            await self.door.close(LAST_POSTS)
         await self.tracker.stop(0)
         try:
             await self._stop_workers()
@@ -340,23 +357,20 @@ class Supervisor:
         try:
             request = Request.decode(data, raw=raw)
         except BadRequest as error:
-            self._counts[error.code] += 1
+            self.refused(error)
             id, wire, extended, hook = salvage(data, raw=raw)
             request = Request("?", id=id, response_hook=hook, wire=wire, extended=extended)
             self._refuse(conn, request, origin, error)
             return
-        try:
-            if only is not None and request.task != only:
-                raise UnknownTask(f"no task but {only} is served at this socket")
-            self.accept(request, origin)
-        except Exception as error:
-            if not isinstance(error, AcommError):
-                log.exception("a request could not be taken")
-                error = AcommError(_INTERNAL)
-            self._counts[error.code] += 1
-            self._refuse(conn, request, origin, error)
-            return
-        if not raw:
+        refusal: AcommError | None
+        if only is not None and request.task != only:
+            refusal = UnknownTask(f"no task but {only} is served at this socket")
+            self.refused(refusal)
+        else:
+            refusal = self.offer(request, origin)
+        if refusal is not None:
+            self._refuse(conn, request, origin, refusal)
+        elif not raw:
             ack = ok_ack(_quote(request.id), request.wire, request.extended)
             conn.acknowledge(ack, grants=request.extended)
 
@@ -368,6 +382,28 @@ class Supervisor:
         elif request.response_hook is not None:
             # Generation 1 has no acknowledgement: its refusal is the answer.
             self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
+
+    def offer(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> AcommError | None:
+        """As `accept`, for the doors: a refusal is counted and returned, and so is a fault of ours."""
+        try:
+            self.accept(request, origin, resolve)
+        except Exception as error:
+            if not isinstance(error, AcommError):
+                log.exception("a request could not be taken")
+                error = AcommError(_INTERNAL)
+            self.refused(error)
+            return error
+        return None
+
+    def refused(self, error: AcommError) -> None:
+        """Count a refusal."""
+        self._counts[error.code] += 1
+
+    def unready(self) -> str | None:
+        """Why no work is taken now; None if it is."""
+        if self.draining:
+            return "draining"
+        return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
     def accept(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
         """Take a request of `origin`: afterwards it will be answered, at its hook and by `resolve(response)`.
@@ -636,6 +672,9 @@ class Supervisor:
             "assigned": calls.assigned,
             "streams": {"open": len(self._streams), **self._stream_ends},
             "connections": self.listener.connections + (self.provider.connections if self.provider else 0),
+            "http": None
+            if self.door is None
+            else {"url": self.door.url, "connections": self.door.connections},
             "hooks": {
                 "delivered": delivery.delivered,
                 "pending": delivery.pending,

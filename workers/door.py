@@ -1,0 +1,502 @@
+"""The HTTP door: the supervisor's requests over HTTP, for callers on other hosts and for those without hooks.
+
+    POST /            a request as on the unix socket; the answer is its acknowledgement
+    POST /call/TASK   the arguments; the answer is the result, when the task has ended
+    GET  /stream      a stream whose URL was signed here        POST /proxy   answers of services elsewhere
+    GET  /healthz, /readyz, /openapi.json
+
+Every request passes the same gate before a byte of its body is read: is there room, is it our Host and
+Origin, does the route want the token and is it shown. At `/`, where peers such as the original look at
+the body alone, a refusal has status 200 and the form of an acknowledgement; elsewhere it has a status,
+by `STATUSES`, and `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+from aiohttp import web
+
+from acomm import jsontext
+from acomm.egress import Origin
+from acomm.messages import Request, Response, error_json, ok_ack, salvage
+from acomm.streams import open_stream, pass_on
+from acomm.tracker import Tracker
+from workers.config import Config
+from workers.errors import (
+    AcommError,
+    BadRequest,
+    Busy,
+    ConfigError,
+    ConnectionLost,
+    Forbidden,
+    ShuttingDown,
+    TooLarge,
+    WorkerLost,
+    printable,
+)
+from workers.httpaccess import Address, Hosts, Token, check_public_url, is_loopback, listen
+from workers.openapi import describe
+from workers.registry import Registry
+
+log = logging.getLogger("acomm.door")
+
+READ_TIMEOUT = 30.0
+"""Seconds for a request to come whole, for a new connection to begin one, and for a kept one to stay idle."""
+
+MAX_CONNECTIONS = 1024
+
+UNREAD_BUDGET = 4
+"""Of the largest bodies, how many may be on their way in at a time. Small ones that come in one piece do
+not count.
+"""
+
+STATUSES = {
+    "bad_request": 400,
+    "forbidden": 403,
+    "unknown_task": 404,
+    "conflict": 409,
+    "cancelled": 409,
+    "too_large": 413,
+    "bad_args": 422,
+    "task_error": 422,
+    "poisoned": 422,
+    "busy": 429,
+    "worker_lost": 503,
+    "timeout": 503,
+    "shutting_down": 503,
+}
+"""Those of error codes. An error without one is a fault of ours: 503, too."""
+
+_FAULT = 503
+_RETRY_AFTER = 1.0
+_HEADERS = {
+    "Server": "acomm",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'",
+}
+_JSON = {**_HEADERS, "Content-Type": "application/json"}
+_TEXT = {**_HEADERS, "Content-Type": "text/plain; charset=utf-8"}
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b'Connection: close\r\nContent-Length: %d\r\n\r\n{"error":%b}'
+)
+_CONNECTION: dict[str, Any] = {
+    "access_log": None,
+    "logger": log,
+    "keepalive_timeout": READ_TIMEOUT,
+    "auto_decompress": False,  # a small body may unfold to any size
+}
+_STREAM_TYPES = {"lines": "application/x-ndjson"}
+_ANY_STREAM = "application/octet-stream"
+
+
+class Service(Protocol):
+    """What the door knows of the supervisor."""
+
+    config: Config
+    registry: Registry
+    tracker: Tracker
+
+    def offer(
+        self, request: Request, origin: Origin, resolve: Callable[[Response], None] | None = None
+    ) -> AcommError | None:
+        """Take a request, or say why not."""
+
+    def refused(self, error: AcommError) -> None:
+        """Count a refusal."""
+
+    def unready(self) -> str | None:
+        """Why no work is taken now; None if it is."""
+
+
+class _NotAllowed(AcommError):
+    """The path exists, the method does not."""
+
+    code = "bad_request"
+
+    def __init__(self, method: str, allowed: str) -> None:
+        super().__init__(f"the method {printable(method)} is not for this path; use {allowed}")
+        self.allowed = allowed
+
+
+class _NoToken(Forbidden):
+    """The token was not shown, or it was another."""
+
+
+class _NoSuchPath(BadRequest):
+    """There is nothing at that path."""
+
+
+class _Route(NamedTuple):
+    method: str
+    needs_token: bool
+    handler: Callable[[web.BaseRequest, bool, str], Awaitable[web.StreamResponse]]
+
+
+class Door:
+    """Serves `service` at `config.http`. Raises ConfigError for settings that do not go together, and
+    makes the token file if it is missing.
+    """
+
+    def __init__(self, service: Service) -> None:
+        config = service.config
+        assert config.http is not None
+        self._service = service
+        self._address = Address.parse(config.http)
+        self._public = None if config.http_url is None else check_public_url(config.http_url)
+        self._family, self._bind = self._address.resolve()
+        self._hosts = Hosts(self._address.host, config.http_host, self._public)
+        self._token: Token | None = None
+        if not config.http_no_token:
+            self._token = Token.load(config.http_token_file or f"{config.socket}.token")
+        elif not is_loopback(self._bind[0]):
+            raise _needs_token(self._address)
+        self._routes = {
+            "/": _Route("POST", True, self._message),
+            "/call/": _Route("POST", True, self._call),
+            "/stream": _Route("GET", False, self._stream),
+            "/proxy": _Route("POST", False, self._proxy),
+            "/healthz": _Route("GET", False, self._health),
+            "/readyz": _Route("GET", False, self._ready),
+            "/openapi.json": _Route("GET", True, self._openapi),
+        }
+        self._server: web.Server | None = None
+        self._listening: asyncio.Server | None = None
+        self._reading = 0
+        self._document: bytes | None = None
+
+    def __repr__(self) -> str:
+        return f"<Door {self.url}, {self.connections} connections>"
+
+    @property
+    def url(self) -> str:
+        """Where it is reached; with the port that it has got if any was asked for."""
+        return self._address.url()
+
+    @property
+    def connections(self) -> int:
+        return 0 if self._server is None else len(self._server.connections)
+
+    async def start(self) -> None:
+        """Listen. Tells the tracker by which URLs others reach our streams and our proxy. Raises AddressInUse
+        or ConfigError.
+        """
+        loop = asyncio.get_running_loop()
+        sock = listen(self._family, self._bind)
+        self._address = Address(self._address.host, sock.getsockname()[1])
+        self._server = web.Server(self._handle, handler_cancellation=True)
+        self._listening = await loop.create_server(self._protocol, sock=sock)
+        # Whoever gets such a URL from us puts our address in the place of `localhost`.
+        base = self._public or f"http://localhost:{self._address.port}"
+        self._service.tracker.http_stream_url = f"{base}/stream"
+        self._service.tracker.external_proxy_url = f"{base}/proxy"
+
+    async def close(self, timeout: float) -> None:
+        """Accept no more; give requests under way `timeout` seconds to be answered."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
+        if self._server is not None:
+            self._server.pre_shutdown()
+            await self._server.shutdown(timeout)
+
+    def _protocol(self) -> asyncio.Protocol:
+        assert self._server is not None
+        if len(self._server.connections) >= MAX_CONNECTIONS:
+            return _Full()
+        return _Protocol(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
+
+    # -- the gate -----------------------------------------------------------------------------------
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.raw_path.partition("?")[0]
+        try:
+            route, task = self._route(request.method, path)
+            trusted = self._check(request, route)
+            return await route.handler(request, trusted, task)
+        except AcommError as error:
+            refusal = error
+        except ConnectionError:
+            raise  # the client has left
+        except Exception:
+            log.exception("an HTTP request could not be answered")
+            refusal = AcommError("the supervisor failed at this request; its log tells why")
+        self._service.refused(refusal)
+        return _acknowledgement(refusal) if path == "/" and request.method == "POST" else _refusal(refusal)
+
+    def _route(self, method: str, path: str) -> tuple[_Route, str]:
+        task = ""
+        if path.startswith("/call/"):
+            path, task = "/call/", unquote(path[6:], errors="replace")
+        route = self._routes.get(path)
+        if route is None or (path == "/call/" and not task):
+            raise _NoSuchPath(f"there is nothing at {printable(path)}; see /openapi.json")
+        if method != route.method and not (method == "HEAD" and route.method == "GET"):
+            raise _NotAllowed(method, route.method)
+        return route, task
+
+    def _check(self, request: web.BaseRequest, route: _Route) -> bool:
+        """Whether the request may pass, and whether its sender is trusted. Raises Forbidden."""
+        headers = request.headers
+        host = headers.get("Host")
+        if not self._hosts.allows(host, _local_address(request)):
+            raise Forbidden(
+                f"this service does not answer to the host {printable(host or '')}; --http-host allows a name"
+            )
+        origin = headers.get("Origin")
+        if origin is not None and not self._hosts.same_origin(origin, host or ""):
+            raise Forbidden(f"pages of {printable(origin)} may not use this service")
+        if self._token is None:
+            return True
+        shown = self._token.fits(headers.get("Authorization"))
+        if route.needs_token and not shown:
+            raise _NoToken("the token is missing or wrong: send the header Authorization: Bearer TOKEN")
+        return shown
+
+    # -- routes -------------------------------------------------------------------------------------
+
+    async def _message(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        """A request in any generation; the answer is its acknowledgement."""
+        data = await self._json_body(request)
+        try:
+            message = Request.decode(data, localhost=_peer_address(request))
+        except BadRequest as error:
+            self._service.refused(error)
+            id, wire, extended, _hook = salvage(data)
+            return _acknowledgement(error, id, wire, extended)
+        # A generation that has no acknowledgement is the socket's affair alone.
+        refusal = self._service.offer(message, Origin.http(trusted=trusted))
+        if refusal is not None:
+            return _acknowledgement(refusal, message.id, message.wire, message.extended)
+        ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
+        return web.Response(body=ack, headers=_JSON)
+
+    async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
+        """A call whose caller waits here. One who leaves does not stop it: it may have been meant so."""
+        data = await self._json_body(request, may_be_empty=True)
+        args = jsontext.raw_value(data, "the arguments") if data else None
+        call = Request(task, args, **_options(request))
+        call.validate()
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+
+        def resolve(response: Response) -> None:
+            if not answer.done():
+                answer.set_result(response)
+
+        refusal = self._service.offer(call, Origin.http(trusted=trusted), resolve)
+        if refusal is not None:
+            return _refusal(refusal)
+        response = await answer
+        if response.error is not None:
+            return _refusal(response.error)
+        if response.stream_url is not None:
+            return await self._piped(request, response)
+        body = b"null" if response.result is None else jsontext.encode(response.result, "the result")
+        return web.Response(body=body, headers=_JSON)
+
+    async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
+        assert response.stream_url is not None
+        kind = _STREAM_TYPES.get(getattr(response, "stream_format", None) or "", _ANY_STREAM)
+        async with aclosing(open_stream(response.stream_url)) as chunks:
+            try:
+                first = await anext(chunks, b"")
+            except ConnectionLost as error:
+                return _refusal(WorkerLost(f"the stream broke before its first byte: {error}"))
+            return await pass_on(request, first, chunks, headers={**_HEADERS, "Content-Type": kind})
+
+    async def _stream(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        reply = await self._service.tracker.stream_proxy.serve(request, _HEADERS)
+        if reply.status == 502:
+            raise _NoSuchPath("the stream cannot be read: it was read before, has expired, or broke")
+        return reply
+
+    async def _proxy(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        """The answer of a service elsewhere to a request that we have passed on."""
+        data = await self._json_body(request)
+        ack = self._service.tracker.handle_external(data, _peer_address(request))
+        return web.Response(body=ack, headers=_JSON)
+
+    async def _health(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        return web.Response(body=b"ok\n", headers=_TEXT)
+
+    async def _ready(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        reason = self._service.unready()
+        if reason is None:
+            return web.Response(body=b"ready\n", headers=_TEXT)
+        return web.Response(status=503, body=f"{reason}\n".encode(), headers=_TEXT)
+
+    async def _openapi(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
+        if self._document is None:
+            self._document = msgspec.json.encode(
+                describe(self._service.registry.schemas(), token=self._token is not None)
+            )
+        return web.Response(body=self._document, headers=_JSON)
+
+    # -- bodies -------------------------------------------------------------------------------------
+
+    async def _json_body(self, request: web.BaseRequest, *, may_be_empty: bool = False) -> bytes:
+        """The body, which must say that it is JSON: a page can send anything else without asking first.
+        Raises BadRequest, TooLarge, Busy.
+        """
+        kind = request.headers.get("Content-Type")
+        if kind is None and may_be_empty and not request.body_exists:
+            return b""
+        if (
+            kind != "application/json"
+            and (kind or "").partition(";")[0].strip().lower() != "application/json"
+        ):
+            raise BadRequest(f"Content-Type must be application/json, not {printable(kind or 'missing')}")
+        if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise BadRequest("a compressed body is not taken: leave Content-Encoding out")
+        content = request.content
+        if content.is_eof():
+            data: bytes = content.read_nowait()
+            self._check_size(len(data))
+            return data
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return await self._slow_body(request)
+
+    async def _slow_body(self, request: web.BaseRequest) -> bytes:
+        """A body that is not there yet."""
+        body = bytearray()
+        reserved = 0
+        try:
+            async with asyncio.timeout(READ_TIMEOUT):
+                wanted = request.content_length or 0
+                while True:
+                    wanted = max(wanted, len(body))
+                    self._check_size(wanted)
+                    self._reserve(wanted - reserved)
+                    reserved = wanted
+                    chunk = await request.content.readany()
+                    if not chunk:
+                        return bytes(body)
+                    body += chunk
+        except TimeoutError:
+            raise BadRequest(f"the body did not come within {READ_TIMEOUT:g} seconds") from None
+        except web.RequestPayloadError as error:
+            raise BadRequest(f"the body is broken: {printable(error)}") from None
+        finally:
+            self._reading -= reserved
+
+    def _reserve(self, size: int) -> None:
+        if size > 0 and self._reading + size > UNREAD_BUDGET * self._service.config.max_frame:
+            raise Busy("too many large requests are on their way in", retry_after=_RETRY_AFTER)
+        self._reading += size
+
+    def _check_size(self, size: int) -> None:
+        limit = self._service.config.max_frame
+        if size > limit:
+            raise TooLarge(f"the body has {size} bytes or more, the limit is {limit}")
+
+
+class _Protocol(web.RequestHandler):
+    """aiohttp's side of a connection, except that what is not HTTP is refused in our form, and not logged as
+    a fault of ours.
+    """
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was under way already")
+        if status < 500:
+            reason = printable((message or "").strip().partition("\n")[0])
+            log.debug("not HTTP, from %s: %s", request.remote, reason)
+            response = _refusal(BadRequest(f"this is not valid HTTP: {reason}"))
+        else:
+            log.error("an HTTP request could not be answered", exc_info=exc)
+            response = _refusal(AcommError("the supervisor failed at this request; its log tells why"))
+        response.force_close()
+        return response
+
+
+class _Full(asyncio.Protocol):
+    """A connection beyond the limit."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        info = error_json(Busy("too many connections", retry_after=_RETRY_AFTER))
+        transport.write(_FULL % (len(info) + len('{"error":}'), info))
+        transport.close()
+
+
+def _needs_token(address: Address) -> ConfigError:
+    return ConfigError(
+        f"--http-no-token is for loopback addresses alone, not for {printable(address.host)}: others could "
+        "run tasks here"
+    )
+
+
+def _refusal(error: AcommError) -> web.Response:
+    headers = _JSON
+    if isinstance(error, _NoToken):
+        status, headers = 401, {**_JSON, "WWW-Authenticate": "Bearer"}
+    elif isinstance(error, _NotAllowed):
+        status, headers = 405, {**_JSON, "Allow": error.allowed}
+    elif isinstance(error, _NoSuchPath):
+        status = 404
+    else:
+        status = STATUSES.get(error.code, _FAULT)
+    pause = error.retry_after
+    if pause is None and isinstance(error, Busy | ShuttingDown):
+        pause = _RETRY_AFTER
+    if pause is not None:
+        headers = {**headers, "Retry-After": str(max(math.ceil(pause), 1))}
+    return web.Response(status=status, body=b'{"error":%b}' % error_json(error), headers=headers)
+
+
+def _acknowledgement(error: AcommError, id: str = "", wire: int = 3, extended: bool = True) -> web.Response:
+    """A refusal for peers that read nothing but the body. Before that is read nobody knows what its sender
+    understands; keys that it does not know do no harm.
+    """
+    body = Response(id, error=error).encode(wire, extended=extended)
+    return web.Response(body=body, headers=_JSON)
+
+
+def _options(request: web.BaseRequest) -> dict[str, Any]:
+    """`?timeout=SECONDS&priority=N`."""
+    query = urlsplit(request.raw_path).query if "?" in request.raw_path else ""
+    options: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        kind = {"timeout": float, "priority": int}.get(name)
+        if kind is None:
+            raise BadRequest(f"unknown option {printable(name)}; known: priority, timeout")
+        if name in options:
+            raise BadRequest(f"the option {name} is given twice")
+        try:
+            options[name] = msgspec.convert(text, kind, strict=False)
+        except msgspec.ValidationError:
+            raise BadRequest(f"{name} must be a number, not {printable(text)}") from None
+    return options
+
+
+def _local_address(request: web.BaseRequest) -> str:
+    transport = request.transport
+    return _host_of(transport.get_extra_info("sockname") if transport is not None else None)
+
+
+def _peer_address(request: web.BaseRequest) -> str:
+    transport = request.transport
+    return _host_of(transport.get_extra_info("peername") if transport is not None else None)
+
+
+def _host_of(address: Any) -> str:
+    """The IP of a socket's address, without a zone. Raises ConnectionResetError when it has none any more."""
+    if not address:
+        raise ConnectionResetError("the client has left")
+    return str(address[0]).partition("%")[0]
