@@ -16,13 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from acomm import jsontext
 from acomm.egress import Origin
@@ -42,7 +45,7 @@ from workers.errors import (
     WorkerLost,
     printable,
 )
-from workers.httpaccess import Address, Hosts, Token, check_public_url, is_loopback, listen
+from workers.httpaccess import Address, Hosts, Token, check_public_url, is_address, is_loopback, listen
 from workers.openapi import describe
 from workers.registry import Registry
 
@@ -85,6 +88,17 @@ _HEADERS = {
 }
 _JSON = {**_HEADERS, "Content-Type": "application/json"}
 _TEXT = {**_HEADERS, "Content-Type": "text/plain; charset=utf-8"}
+_WHOLE = b"\r\n".join(
+    (
+        b"HTTP/1.1 200 OK",
+        *(f"{name}: {value}".encode() for name, value in _JSON.items()),
+        b"Date: %b",
+        b"Content-Length: %d",
+        b"",
+        b"%b",
+    )
+)
+_SMALL = 16 * 1024
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b'Connection: close\r\nContent-Length: %d\r\n\r\n{"error":%b}'
@@ -248,7 +262,7 @@ class Door:
         """Whether the request may pass, and whether its sender is trusted. Raises Forbidden."""
         headers = request.headers
         host = headers.get("Host")
-        if not self._hosts.allows(host, _local_address(request)):
+        if not self._hosts.allows(host) and not is_address(host, _local_address(request)):
             raise Forbidden(
                 f"this service does not answer to the host {printable(host or '')}; --http-host allows a name"
             )
@@ -278,7 +292,7 @@ class Door:
         if refusal is not None:
             return _acknowledgement(refusal, message.id, message.wire, message.extended)
         ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
-        return web.Response(body=ack, headers=_JSON)
+        return _json(request, ack)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
         """A call whose caller waits here. One who leaves does not stop it: it may have been meant so."""
@@ -301,7 +315,7 @@ class Door:
         if response.stream_url is not None:
             return await self._piped(request, response)
         body = b"null" if response.result is None else jsontext.encode(response.result, "the result")
-        return web.Response(body=body, headers=_JSON)
+        return _json(request, body)
 
     async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
         assert response.stream_url is not None
@@ -323,7 +337,7 @@ class Door:
         """The answer of a service elsewhere to a request that we have passed on."""
         data = await self._json_body(request)
         ack = self._service.tracker.handle_external(data, _peer_address(request))
-        return web.Response(body=ack, headers=_JSON)
+        return _json(request, ack)
 
     async def _health(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         return web.Response(body=b"ok\n", headers=_TEXT)
@@ -425,6 +439,45 @@ class _Protocol(web.RequestHandler):
         return response
 
 
+class _Whole(web.StreamResponse):
+    """A small answer of JSON to a caller who keeps the connection, head and body in one write. Answers are
+    nearly all so, and aiohttp's own way of putting a head together costs a fifth of a call.
+    """
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__()
+        self._whole = _WHOLE % (_date(int(time.time())), len(body), body)
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        if request.transport is None:
+            raise ConnectionResetError("the client has left")
+        self._keep_alive = True
+        request.transport.write(self._whole)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        pass
+
+
+@lru_cache(maxsize=1)
+def _date(now: int) -> bytes:
+    return formatdate(now, usegmt=True).encode()
+
+
+def _json(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+    """The answer to a request that went well."""
+    transport = request.transport
+    if (
+        len(body) <= _SMALL
+        and request.version == HttpVersion11
+        and request.keep_alive
+        and transport is not None
+        # One who sends and does not read is waited for, which aiohttp's way does.
+        and transport.get_write_buffer_size() == 0
+    ):
+        return _Whole(body)
+    return web.Response(body=body, headers=_JSON)
+
+
 class _Full(asyncio.Protocol):
     """A connection beyond the limit."""
 
@@ -470,8 +523,10 @@ def _acknowledgement(error: AcommError, id: str = "", wire: int = 3, extended: b
 
 def _options(request: web.BaseRequest) -> dict[str, Any]:
     """`?timeout=SECONDS&priority=N`."""
-    query = urlsplit(request.raw_path).query if "?" in request.raw_path else ""
     options: dict[str, Any] = {}
+    if "?" not in request.raw_path:
+        return options
+    query = urlsplit(request.raw_path).query
     for name, text in parse_qsl(query, keep_blank_values=True):
         kind = {"timeout": float, "priority": int}.get(name)
         if kind is None:

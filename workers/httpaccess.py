@@ -114,8 +114,6 @@ def bracketed(host: str) -> str:
 class Hosts:
     """The names that this service answers to: those of the loopback, the address that it is bound to,
     `names` (each with a port or without, in which case any port will do), and the host of `public_url`.
-    Addresses are also taken when the connection came in at them, as no DNS can lead anybody to those.
-
     Raises ConfigError for a name that is none.
     """
 
@@ -136,13 +134,15 @@ class Hosts:
         else:
             self._with_port.add((match[1], match[2]))
 
-    def allows(self, host: str | None, local: str) -> bool:
-        """Whether a request with that Host may pass, on a connection to the address `local`."""
+    def allows(self, host: str | None) -> bool:
+        """Whether a request with that Host header may pass."""
+        if host in self._names:
+            return True
         match = None if host is None else _host.fullmatch(host.lower())
         if match is None:
             return False
         name = match[1].rstrip(".")
-        return name in self._names or (name, match[2] or "80") in self._with_port or name == bracketed(local)
+        return name in self._names or (name, match[2] or "80") in self._with_port
 
     @staticmethod
     def same_origin(origin: str, host: str) -> bool:
@@ -151,6 +151,12 @@ class Hosts:
         """
         scheme, _, rest = origin.lower().partition("://")
         return scheme in ("http", "https") and rest == host.lower()
+
+
+def is_address(host: str | None, address: str) -> bool:
+    """Whether a Host header names the IP `address` that the connection came in at: no DNS leads there."""
+    match = None if host is None else _host.fullmatch(host.lower())
+    return match is not None and match[1] == bracketed(address)
 
 
 def check_public_url(url: str) -> str:
