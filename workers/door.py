@@ -71,12 +71,14 @@ STATUSES = {
     "bad_args": 422,
     "task_error": 422,
     "poisoned": 422,
+    "timeout": 422,
     "busy": 429,
     "worker_lost": 503,
-    "timeout": 503,
     "shutting_down": 503,
 }
-"""Those of error codes. An error without one is a fault of ours: 503, too."""
+"""Those of error codes. From 400 on it is about this call, from 500 on about the service: a worker that
+died, a supervisor that stops. An error without a code is a fault of ours.
+"""
 
 _FAULT = 503
 _RETRY_AFTER = 1.0

@@ -33,7 +33,7 @@ _TOKEN_BYTES = 32
 _USER_TIMEOUT = 60_000
 """Milliseconds after which the kernel gives up on a peer that takes nothing of what we send."""
 
-_address = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*)):([0-9]{1,5})", re.ASCII)
+_address = re.compile(r"(?:\[([^\[\]\s]*)\]|([^:\[\]\s]*)):([0-9]{1,5})")
 _host = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?", re.ASCII)
 _token = re.compile(r"[\x21-\x7e]+", re.ASCII)
 
@@ -211,9 +211,11 @@ def _read_token(path: str) -> str:
         raise
     except OSError as error:
         raise ConfigError(f"cannot read the token file {printable(path)}: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
+    try:
         _check_owner(path, os.fstat(descriptor))
-        data = file.read(_MAX_TOKEN + 1)
+        data = os.read(descriptor, _MAX_TOKEN + 1)
+    finally:
+        os.close(descriptor)
     text = data.decode("ascii", "replace").removesuffix("\n").removesuffix("\r")
     if not _token.fullmatch(text) or not MIN_TOKEN <= len(text) <= _MAX_TOKEN:
         raise ConfigError(

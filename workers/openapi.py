@@ -22,9 +22,9 @@ _STATUSES = {
     405: "Another method is for this path; see Allow.",
     409: "The call was cancelled, or its id belongs to another one.",
     413: "The body or the result is larger than the limit.",
-    422: "The arguments do not fit, the task raised, or the call has killed its quota of workers.",
+    422: "The arguments do not fit, the task raised, a time limit has passed, or the call kills workers.",
     429: "No more work is taken now; see Retry-After.",
-    503: "The service is stopping, or the worker died, or a time limit has passed.",
+    503: "The service is stopping, or the worker died.",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
