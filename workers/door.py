@@ -321,7 +321,7 @@ class Door:
 
     async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
         assert response.stream_url is not None
-        kind = _STREAM_TYPES.get(getattr(response, "stream_format", None) or "", _ANY_STREAM)
+        kind = _STREAM_TYPES.get(_format_of(response) or "", _ANY_STREAM)
         async with aclosing(open_stream(response.stream_url)) as chunks:
             try:
                 first = await anext(chunks, b"")
@@ -521,6 +521,11 @@ def _acknowledgement(error: AcommError, id: str = "", wire: int = 3, extended: b
     """
     body = Response(id, error=error).encode(wire, extended=extended)
     return web.Response(body=body, headers=_JSON)
+
+
+def _format_of(response: Response) -> str | None:
+    """What the items of its stream are: "lines" or "bytes"."""
+    return getattr(response, "stream_format", None)
 
 
 def _options(request: web.BaseRequest) -> dict[str, Any]:
