@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
@@ -484,7 +484,7 @@ class _Full(asyncio.Protocol):
     """A connection beyond the limit."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
+        transport = cast(asyncio.WriteTransport, transport)  # uvloop's are not of that class
         info = error_json(Busy("too many connections", retry_after=_RETRY_AFTER))
         transport.write(_FULL % (len(info) + len('{"error":}'), info))
         transport.close()
