@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,41 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the examples are for curl")
+def test_the_calls_over_http_print_what_they_are_said_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sums.py").write_text(blocks("README.md", "python")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("docs/http.md", "sh") for line in block.splitlines()]
+    (making,) = [line for line in lines if line.startswith("(umask")]
+    calls = [line.rpartition("# prints ") for line in lines if line.startswith("curl")]
+    assert len(calls) == 4
+    with launch("sums", workers=1, http="127.0.0.1:0", http_token_file="app.token") as client:
+        door = client.stats()["http"]["url"]
+        assert run(["sh", "-c", making], dict(os.environ)).returncode == 0
+        assert (tmp_path / "auth").stat().st_mode & 0o077 == 0
+        for command, _, said in calls:
+            done = run(["sh", "-c", command.replace("http://127.0.0.1:8080", door)], dict(os.environ))
+            assert (done.stdout + done.stderr).strip() == said
+
+
+def test_the_statuses_in_the_documents_are_those_of_the_door() -> None:
+    from workers.door import STATUSES
+
+    section = (ROOT / "docs/http.md").read_text().partition("| status | codes")[2].partition("\n\n")[0]
+    told = {
+        (code, int(status))
+        for status, codes in re.findall(r"^\| (\d+) \| ([^|]*)", section, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+    # A path without anything and a method that it has not are told by their status alone.
+    others = {("bad_request", 404), ("bad_request", 405), ("forbidden", 401), ("error", 503)}
+    assert told == set(STATUSES.items()) | others
 
 
 @pytest.mark.process
