@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import enum
 import uuid
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -68,3 +69,14 @@ def narrow(percent: Annotated[int, msgspec.Meta(ge=0, le=100)], names: list[str]
 @task
 def anything(*values: Any, **named: Any) -> list[Any]:
     return [list(values), named]
+
+
+@task
+def repeat(text: str) -> Iterator[bytes]:
+    for _ in range(3):
+        yield text.encode("utf-8", "replace")
+
+
+@task
+def sprout(names: list[str]) -> Iterator[Leaf]:
+    yield from map(Leaf, names)

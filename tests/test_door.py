@@ -152,6 +152,16 @@ class TestCalls:
         kind = {"Content-Type": "Application/JSON; charset=utf-8"}
         assert door.send("POST", "/call/add", b"[1]", {**door.headers(), **kind}).json == 1
 
+    def test_a_task_that_streams(self, tmp_path: Path) -> None:
+        with ServedDoor(tmp_path, "-w", "1", modules=("fuzzedtasks",)) as door:
+            lines = door.call("sprout", [["a", "b"]])
+            assert (lines.status, lines.headers["Content-Type"]) == (200, "application/x-ndjson")
+            assert [json.loads(line)["name"] for line in lines.body.splitlines()] == ["a", "b"]
+            chunks = door.call("repeat", ["é"])
+            assert chunks.headers["Content-Type"] == "application/octet-stream"
+            assert chunks.body == "ééé".encode()
+            assert door.call("sprout", [[]]).body == b""
+
     def test_who_leaves_does_not_stop_the_call(self, door: ServedDoor, started: Fifo, release: Fifo) -> None:
         before = door.until(lambda stats: stats["tracked"] == 0)
         body = json.dumps([started.path, release.path]).encode()

@@ -20,7 +20,7 @@ SCHEMATHESIS = str(Path(sys.executable).with_name("schemathesis"))
 def test_generated_requests_get_the_answers_that_are_described(tmp_path: Path) -> None:
     with ServedDoor(tmp_path, modules=("fuzzedtasks",)) as served:
         operations = sum(len(methods) for methods in served.get("/openapi.json").json["paths"].values())
-        assert operations == 8 + 6
+        assert operations == 10 + 6
         done = subprocess.run(
             [
                 SCHEMATHESIS,

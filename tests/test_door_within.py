@@ -257,13 +257,11 @@ class TestStreams:
         self,
         within: Within,
         answers: Callable[[Any], None],
-        monkeypatch: pytest.MonkeyPatch,
         form: str | None,
         kind: str | None,
     ) -> None:
         url = await within.supervisor.tracker.new_stream_unix(iter([b"1\n", b"2\n", b"x" * 300_000]))
-        monkeypatch.setattr(door, "_format_of", lambda response: form)
-        answers(Response("1", stream_url=url))
+        answers(Response("1", stream_url=url, stream_format=form))
         reply = await within(within.caller.call, "add", [1])
         assert reply.status == 200
         assert reply.headers["Content-Type"] == (kind or "application/octet-stream")

@@ -46,7 +46,7 @@ from workers.errors import (
     printable,
 )
 from workers.httpaccess import Address, Hosts, Token, check_public_url, is_address, is_loopback, listen
-from workers.openapi import describe
+from workers.openapi import STREAM_TYPES, describe
 from workers.registry import Registry
 
 log = logging.getLogger("acomm.door")
@@ -111,8 +111,6 @@ _CONNECTION: dict[str, Any] = {
     "keepalive_timeout": READ_TIMEOUT,
     "auto_decompress": False,  # a small body may unfold to any size
 }
-_STREAM_TYPES = {"lines": "application/x-ndjson"}
-_ANY_STREAM = "application/octet-stream"
 
 
 class Service(Protocol):
@@ -321,7 +319,7 @@ class Door:
 
     async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
         assert response.stream_url is not None
-        kind = _STREAM_TYPES.get(_format_of(response) or "", _ANY_STREAM)
+        kind = STREAM_TYPES.get(response.stream_format or "", STREAM_TYPES["bytes"])
         async with aclosing(open_stream(response.stream_url)) as chunks:
             try:
                 first = await anext(chunks, b"")
@@ -521,11 +519,6 @@ def _acknowledgement(error: AcommError, id: str = "", wire: int = 3, extended: b
     """
     body = Response(id, error=error).encode(wire, extended=extended)
     return web.Response(body=body, headers=_JSON)
-
-
-def _format_of(response: Response) -> str | None:
-    """What the items of its stream are: "lines" or "bytes"."""
-    return getattr(response, "stream_format", None)
 
 
 def _options(request: web.BaseRequest) -> dict[str, Any]:

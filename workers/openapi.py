@@ -103,7 +103,7 @@ _OPTIONS = [
         "schema": {"type": "integer", "minimum": -(2**31) + 1, "maximum": 2**31 - 1},
     },
 ]
-_STREAMS = {"lines": "application/x-ndjson", "bytes": "application/octet-stream"}
+STREAM_TYPES = {"lines": "application/x-ndjson", "bytes": "application/octet-stream"}
 
 
 def describe(tasks: Iterable[Mapping[str, Any]], *, token: bool) -> dict[str, Any]:
@@ -131,11 +131,14 @@ def describe(tasks: Iterable[Mapping[str, Any]], *, token: bool) -> dict[str, An
 
 def _call(task: Mapping[str, Any], prefix: str, schemas: dict[str, Any]) -> dict[str, Any]:
     args = _hoisted(task["args"], f"{prefix}.args", schemas)
-    kind = _STREAMS.get(task.get("stream") or "")
-    if kind is None:
+    stream = task.get("stream")
+    if stream is None:
         content = {"application/json": {"schema": _hoisted(task["result"], f"{prefix}.result", schemas)}}
     else:
-        content = {kind: {"schema": {}}}
+        content = {STREAM_TYPES[stream["format"]]: {}}
+        if "items" in stream:  # of which this version of OpenAPI has no word
+            items = _hoisted(stream["items"], f"{prefix}.item", schemas)
+            content[STREAM_TYPES[stream["format"]]]["x-item-schema"] = items
     return {
         "summary": task.get("doc") or task["name"],
         "operationId": f"call {task['name']}",
