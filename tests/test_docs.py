@@ -68,7 +68,7 @@ def test_the_calls_over_http_print_what_they_are_said_to(
 
 
 def test_the_statuses_in_the_documents_are_those_of_the_door() -> None:
-    from workers.door import STATUSES
+    from workers.httpreplies import STATUSES
 
     section = (ROOT / "docs/http.md").read_text().partition("| status | codes")[2].partition("\n\n")[0]
     told = {

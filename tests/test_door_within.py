@@ -20,6 +20,7 @@ from acomm.egress import Origin
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest, Busy, ShuttingDown
 from acomm.messages import Request, Response
 from workers import Supervisor, door, httpaccess
+from workers.httpreplies import STATUSES
 
 pytestmark = pytest.mark.process
 
@@ -86,7 +87,7 @@ class TestStatuses:
         error = WIRE_ERRORS.get(code, AcommError)("lone \udc80 surrogate", traceback="t", receipt={"a": {1}})
         answers(Response("1", error=error) if accepted else error)
         reply = await within(within.caller.call, "add", [1])
-        assert reply.status == door.STATUSES.get(code, 503)
+        assert reply.status == STATUSES.get(code, 503)
         assert (reply.error["code"], reply.error["traceback"]) == (code, "t")
         assert reply.error["message"] == "lone ? surrogate"
 

@@ -50,6 +50,7 @@ WORKERS = {
     "config": 1,
     "handlerthreads": 1,
     "httpaccess": 1,
+    "httpreplies": 1,
     "lineage": 1,
     "openapi": 1,
     "recent": 1,
@@ -91,6 +92,7 @@ ONLY_IN = {
         "acomm/streams.py",
         "acomm/tracker.py",
         "workers/door.py",
+        "workers/httpreplies.py",
     },
 }
 

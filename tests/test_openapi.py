@@ -10,7 +10,7 @@ import fuzzedtasks
 import pytest
 
 from acomm.errors import WIRE_ERRORS
-from workers.door import STATUSES
+from workers.httpreplies import STATUSES
 from workers.openapi import describe
 from workers.registry import Registry
 

@@ -204,3 +204,13 @@ def test_large_urls_of_strangers_are_not_kept() -> None:
     for number in range(20):
         decode({"Scheme": "http", "Host": "h", "Path": f"/{number}" + "x" * 2000})
     assert urls._decode_cached.cache_info().currsize == before
+
+
+def test_a_hook_without_a_host_is_one_only_where_the_senders_address_is_known() -> None:
+    raw = msgspec.Raw(b'{"Scheme":"http","Host":":4080","Path":"/response"}')
+    with pytest.raises(BadRequest, match="the hook has no host"):
+        urls.decode(raw, "the hook")
+    assert urls.decode(raw, "the hook", "10.0.0.1") == "http://10.0.0.1:4080/response"
+    assert urls.decode(raw, "the hook", "fe80::1") == "http://[fe80::1]:4080/response"
+    with pytest.raises(BadRequest, match="the hook has no host"):
+        urls.decode(raw, "the hook")

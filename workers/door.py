@@ -8,30 +8,27 @@
 Every request passes the same gate before a byte of its body is read: is there room, is it our Host and
 Origin, does the route want the token and is it shown. At `/`, where peers such as the original look at
 the body alone, a refusal has status 200 and the form of an acknowledgement; elsewhere it has a status,
-by `STATUSES`, and `{"error": ...}`.
+by `httpreplies.STATUSES`, and `{"error": ...}`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from email.utils import formatdate
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 from acomm import jsontext
 from acomm.egress import Origin
-from acomm.messages import Request, Response, error_json, ok_ack, salvage
+from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.streams import open_stream, pass_on
 from acomm.tracker import Tracker
+from workers import httpreplies as replies
 from workers.config import Config
 from workers.errors import (
     AcommError,
@@ -40,7 +37,6 @@ from workers.errors import (
     ConfigError,
     ConnectionLost,
     Forbidden,
-    ShuttingDown,
     TooLarge,
     WorkerLost,
     printable,
@@ -61,50 +57,6 @@ UNREAD_BUDGET = 4
 not count.
 """
 
-STATUSES = {
-    "bad_request": 400,
-    "forbidden": 403,
-    "unknown_task": 404,
-    "conflict": 409,
-    "cancelled": 409,
-    "too_large": 413,
-    "bad_args": 422,
-    "task_error": 422,
-    "poisoned": 422,
-    "timeout": 422,
-    "busy": 429,
-    "worker_lost": 503,
-    "shutting_down": 503,
-}
-"""Those of error codes. From 400 on it is about this call, from 500 on about the service: a worker that
-died, a supervisor that stops. An error without a code is a fault of ours.
-"""
-
-_FAULT = 503
-_RETRY_AFTER = 1.0
-_HEADERS = {
-    "Server": "acomm",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'",
-}
-_JSON = {**_HEADERS, "Content-Type": "application/json"}
-_TEXT = {**_HEADERS, "Content-Type": "text/plain; charset=utf-8"}
-_WHOLE = b"\r\n".join(
-    (
-        b"HTTP/1.1 200 OK",
-        *(f"{name}: {value}".encode() for name, value in _JSON.items()),
-        b"Date: %b",
-        b"Content-Length: %d",
-        b"",
-        b"%b",
-    )
-)
-_SMALL = 16 * 1024
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-    b'Connection: close\r\nContent-Length: %d\r\n\r\n{"error":%b}'
-)
 _CONNECTION: dict[str, Any] = {
     "access_log": None,
     "logger": log,
@@ -130,24 +82,6 @@ class Service(Protocol):
 
     def unready(self) -> str | None:
         """Why no work is taken now; None if it is."""
-
-
-class _NotAllowed(AcommError):
-    """The path exists, the method does not."""
-
-    code = "bad_request"
-
-    def __init__(self, method: str, allowed: str) -> None:
-        super().__init__(f"the method {printable(method)} is not for this path; use {allowed}")
-        self.allowed = allowed
-
-
-class _NoToken(Forbidden):
-    """The token was not shown, or it was another."""
-
-
-class _NoSuchPath(BadRequest):
-    """There is nothing at that path."""
 
 
 class _Route(NamedTuple):
@@ -226,7 +160,7 @@ class Door:
     def _protocol(self) -> asyncio.Protocol:
         assert self._server is not None
         if len(self._server.connections) >= MAX_CONNECTIONS:
-            return _Full()
+            return replies.Full()
         return _Protocol(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
 
     # -- the gate -----------------------------------------------------------------------------------
@@ -245,7 +179,11 @@ class Door:
             log.exception("an HTTP request could not be answered")
             refusal = AcommError("the supervisor failed at this request; its log tells why")
         self._service.refused(refusal)
-        return _acknowledgement(refusal) if path == "/" and request.method == "POST" else _refusal(refusal)
+        return (
+            replies.acknowledgement(refusal)
+            if path == "/" and request.method == "POST"
+            else replies.refusal(refusal)
+        )
 
     def _route(self, method: str, path: str) -> tuple[_Route, str]:
         task = ""
@@ -253,9 +191,9 @@ class Door:
             path, task = "/call/", unquote(path[6:], errors="replace")
         route = self._routes.get(path)
         if route is None or (path == "/call/" and not task):
-            raise _NoSuchPath(f"there is nothing at {printable(path)}; see /openapi.json")
+            raise replies.NoSuchPath(f"there is nothing at {printable(path)}; see /openapi.json")
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
-            raise _NotAllowed(method, route.method)
+            raise replies.NotAllowed(method, route.method)
         return route, task
 
     def _check(self, request: web.BaseRequest, route: _Route) -> bool:
@@ -273,7 +211,9 @@ class Door:
             return True
         shown = self._token.fits(headers.get("Authorization"))
         if route.needs_token and not shown:
-            raise _NoToken("the token is missing or wrong: send the header Authorization: Bearer TOKEN")
+            raise replies.NoToken(
+                "the token is missing or wrong: send the header Authorization: Bearer TOKEN"
+            )
         return shown
 
     # -- routes -------------------------------------------------------------------------------------
@@ -286,13 +226,13 @@ class Door:
         except BadRequest as error:
             self._service.refused(error)
             id, wire, extended, _hook = salvage(data)
-            return _acknowledgement(error, id, wire, extended)
+            return replies.acknowledgement(error, id, wire, extended)
         # A generation that has no acknowledgement is the socket's affair alone.
         refusal = self._service.offer(message, Origin.http(trusted=trusted))
         if refusal is not None:
-            return _acknowledgement(refusal, message.id, message.wire, message.extended)
+            return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
         ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
-        return _json(request, ack)
+        return replies.answer(request, ack)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
         """A call whose caller waits here. One who leaves does not stop it: it may have been meant so."""
@@ -308,14 +248,14 @@ class Door:
 
         refusal = self._service.offer(call, Origin.http(trusted=trusted), resolve)
         if refusal is not None:
-            return _refusal(refusal)
+            return replies.refusal(refusal)
         response = await answer
         if response.error is not None:
-            return _refusal(response.error)
+            return replies.refusal(response.error)
         if response.stream_url is not None:
             return await self._piped(request, response)
         body = b"null" if response.result is None else jsontext.encode(response.result, "the result")
-        return _json(request, body)
+        return replies.answer(request, body)
 
     async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
         assert response.stream_url is not None
@@ -324,36 +264,36 @@ class Door:
             try:
                 first = await anext(chunks, b"")
             except ConnectionLost as error:
-                return _refusal(WorkerLost(f"the stream broke before its first byte: {error}"))
-            return await pass_on(request, first, chunks, headers={**_HEADERS, "Content-Type": kind})
+                return replies.refusal(WorkerLost(f"the stream broke before its first byte: {error}"))
+            return await pass_on(request, first, chunks, headers={**replies.HEADERS, "Content-Type": kind})
 
     async def _stream(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
-        reply = await self._service.tracker.stream_proxy.serve(request, _HEADERS)
+        reply = await self._service.tracker.stream_proxy.serve(request, replies.HEADERS)
         if reply.status == 502:
-            raise _NoSuchPath("the stream cannot be read: it was read before, has expired, or broke")
+            raise replies.NoSuchPath("the stream cannot be read: it was read before, has expired, or broke")
         return reply
 
     async def _proxy(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         """The answer of a service elsewhere to a request that we have passed on."""
         data = await self._json_body(request)
         ack = self._service.tracker.handle_external(data, _peer_address(request))
-        return _json(request, ack)
+        return replies.answer(request, ack)
 
     async def _health(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
-        return web.Response(body=b"ok\n", headers=_TEXT)
+        return web.Response(body=b"ok\n", headers=replies.TEXT)
 
     async def _ready(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         reason = self._service.unready()
         if reason is None:
-            return web.Response(body=b"ready\n", headers=_TEXT)
-        return web.Response(status=503, body=f"{reason}\n".encode(), headers=_TEXT)
+            return web.Response(body=b"ready\n", headers=replies.TEXT)
+        return web.Response(status=503, body=f"{reason}\n".encode(), headers=replies.TEXT)
 
     async def _openapi(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         if self._document is None:
             self._document = msgspec.json.encode(
                 describe(self._service.registry.schemas(), token=self._token is not None)
             )
-        return web.Response(body=self._document, headers=_JSON)
+        return web.Response(body=self._document, headers=replies.JSON)
 
     # -- bodies -------------------------------------------------------------------------------------
 
@@ -405,7 +345,7 @@ class Door:
 
     def _reserve(self, size: int) -> None:
         if size > 0 and self._reading + size > UNREAD_BUDGET * self._service.config.max_frame:
-            raise Busy("too many large requests are on their way in", retry_after=_RETRY_AFTER)
+            raise Busy("too many large requests are on their way in", retry_after=replies.RETRY_AFTER)
         self._reading += size
 
     def _check_size(self, size: int) -> None:
@@ -431,61 +371,12 @@ class _Protocol(web.RequestHandler):
         if status < 500:
             reason = printable((message or "").strip().partition("\n")[0])
             log.debug("not HTTP, from %s: %s", request.remote, reason)
-            response = _refusal(BadRequest(f"this is not valid HTTP: {reason}"))
+            response = replies.refusal(BadRequest(f"this is not valid HTTP: {reason}"))
         else:
             log.error("an HTTP request could not be answered", exc_info=exc)
-            response = _refusal(AcommError("the supervisor failed at this request; its log tells why"))
+            response = replies.refusal(AcommError("the supervisor failed at this request; its log tells why"))
         response.force_close()
         return response
-
-
-class _Whole(web.StreamResponse):
-    """A small answer of JSON to a caller who keeps the connection, head and body in one write. Answers are
-    nearly all so, and aiohttp's own way of putting a head together costs a fifth of a call.
-    """
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__()
-        self._whole = _WHOLE % (_date(int(time.time())), len(body), body)
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        if request.transport is None:
-            raise ConnectionResetError("the client has left")
-        self._keep_alive = True
-        request.transport.write(self._whole)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        pass
-
-
-@lru_cache(maxsize=1)
-def _date(now: int) -> bytes:
-    return formatdate(now, usegmt=True).encode()
-
-
-def _json(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
-    """The answer to a request that went well."""
-    transport = request.transport
-    if (
-        len(body) <= _SMALL
-        and request.version == HttpVersion11
-        and request.keep_alive
-        and transport is not None
-        # One who sends and does not read is waited for, which aiohttp's way does.
-        and transport.get_write_buffer_size() == 0
-    ):
-        return _Whole(body)
-    return web.Response(body=body, headers=_JSON)
-
-
-class _Full(asyncio.Protocol):
-    """A connection beyond the limit."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.WriteTransport, transport)  # uvloop's are not of that class
-        info = error_json(Busy("too many connections", retry_after=_RETRY_AFTER))
-        transport.write(_FULL % (len(info) + len('{"error":}'), info))
-        transport.close()
 
 
 def _needs_token(address: Address) -> ConfigError:
@@ -493,32 +384,6 @@ def _needs_token(address: Address) -> ConfigError:
         f"--http-no-token is for loopback addresses alone, not for {printable(address.host)}: others could "
         "run tasks here"
     )
-
-
-def _refusal(error: AcommError) -> web.Response:
-    headers = _JSON
-    if isinstance(error, _NoToken):
-        status, headers = 401, {**_JSON, "WWW-Authenticate": "Bearer"}
-    elif isinstance(error, _NotAllowed):
-        status, headers = 405, {**_JSON, "Allow": error.allowed}
-    elif isinstance(error, _NoSuchPath):
-        status = 404
-    else:
-        status = STATUSES.get(error.code, _FAULT)
-    pause = error.retry_after
-    if pause is None and isinstance(error, Busy | ShuttingDown):
-        pause = _RETRY_AFTER
-    if pause is not None:
-        headers = {**headers, "Retry-After": str(max(math.ceil(pause), 1))}
-    return web.Response(status=status, body=b'{"error":%b}' % error_json(error), headers=headers)
-
-
-def _acknowledgement(error: AcommError, id: str = "", wire: int = 3, extended: bool = True) -> web.Response:
-    """A refusal for peers that read nothing but the body. Before that is read nobody knows what its sender
-    understands; keys that it does not know do no harm.
-    """
-    body = Response(id, error=error).encode(wire, extended=extended)
-    return web.Response(body=body, headers=_JSON)
 
 
 def _options(request: web.BaseRequest) -> dict[str, Any]:
