@@ -71,7 +71,7 @@ WORKERS = {
     "engines": 5,
     "executor": 5,
     "provider": 5,
-    "launch": 6,
+    "launcher": 6,
     "supervisor": 6,
     "calling": 7,
     "demo": 7,

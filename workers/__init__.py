@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workers.config import Config
-    from workers.launch import launch
+    from workers.launcher import launch
     from workers.registry import Registry, Retry, Task, task
     from workers.running import Context, context
     from workers.supervisor import Supervisor
@@ -24,7 +24,7 @@ _homes = {
     "Supervisor": "workers.supervisor",
     "Task": "workers.registry",
     "context": "workers.running",
-    "launch": "workers.launch",
+    "launch": "workers.launcher",
     "task": "workers.registry",
 }
 

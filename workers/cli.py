@@ -132,6 +132,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--until-eof", is_flag=True, help="Stop also when standard input ends.")
+@click.option("--settings", hidden=True, help="All settings as JSON, and no others: for programs.")
 @_reporting
 def serve(
     modules: tuple[str, ...],
@@ -142,6 +143,7 @@ def serve(
     file: str | None,
     log_level: str,
     until_eof: bool,
+    settings: str | None,
     **given: Any,
 ) -> None:
     """Serve the tasks of MODULE (an import path, or a .py file) until SIGTERM."""
@@ -157,7 +159,10 @@ def serve(
         "allow_hook": allow_hook or None,
         "http_host": http_host or None,
     }
-    config = Config.load({**given, **lists}, file=file)
+    if settings is None:
+        config = Config.load({**given, **lists}, file=file)
+    else:
+        config = Config.from_json(settings)
     Supervisor(config=config).run(_announce, until_eof=until_eof)
 
 

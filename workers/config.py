@@ -86,6 +86,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         return _convert(cls, values, "settings")
 
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """All settings as `msgspec.json.encode` writes a Config. Raises ConfigError."""
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise ConfigError(f"settings: {error}") from None
+
     @property
     def socket_mode(self) -> int:
         """0600, or wider where others are allowed, whom the kernel then tells apart for us. A file has one

@@ -81,7 +81,7 @@ def writing_to(path: str) -> Callable[[Request, Response], None]:
 
 def run(*, workers: int | None = None, quick: bool = False) -> int:
     """Run the demo and print its table. Returns the exit status: 0 if nothing was lost."""
-    from workers.launch import launch
+    from workers.launcher import launch
 
     workers = workers or available_cpus()
     files = standard_library(tests=not quick)

@@ -13,7 +13,7 @@ import pytest
 from peers import WAIT
 from serving import Family, Fifo, environment
 
-from workers import launch
+from workers import Config, launch
 from workers.errors import ConfigError, ConnectionLost
 
 pytestmark = pytest.mark.process
@@ -41,6 +41,23 @@ def test_calls_and_an_end_that_leaves_nothing(own_tmp: Path) -> None:
     assert list((own_tmp / "acomm").iterdir()) == []
 
 
+def test_every_setting_arrives_and_nothing_of_the_environments(
+    own_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORKERS", "MAX_FRAME"):
+        monkeypatch.setenv(f"ACOMM_{name}", "4096")
+    monkeypatch.setenv("ACOMM_HTTP", "nonsense")
+    with launch("servedtasks", workers=1, http="127.0.0.1:0", http_no_token=True, max_frame=8192) as client:
+        stats = client.stats()
+        assert len(stats["workers"]) == 1
+        assert stats["http"]["url"].startswith("http://127.0.0.1:")
+        command = psutil.Process(stats["pid"]).cmdline()
+    settings = Config.from_json(command[command.index("--settings") + 1])
+    assert (settings.max_frame, settings.modules) == (8192, ("servedtasks",))
+    with pytest.raises(ConfigError, match="settings: "):
+        Config.from_json('{"workers": 0}')
+
+
 def test_an_error_in_the_block_ends_it_too() -> None:
     with pytest.raises(ZeroDivisionError):
         with launch("servedtasks", workers=1, drain_timeout=0.1) as client:
@@ -65,9 +82,7 @@ def test_settings_are_passed_on(tmp_path: Path) -> None:
     ) as client:
         assert client.url == f"unix://{tmp_path}/here.sock"
         call = client.submit("stay", os.devnull)
-        pid = client.stats()["pid"]
-        command = psutil.Process(pid).cmdline()
-        assert command[command.index("--max-frame") + 1] == "10000"
+        assert client.stats()["socket"] == str(tmp_path / "here.sock")
     with pytest.raises(ConnectionLost):
         call.result(WAIT)
 

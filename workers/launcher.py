@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from acomm.client import Client, connect
 from acomm.urls import unix_url
 from workers.config import Config
@@ -48,39 +50,17 @@ def launch(*modules: str, **settings: Any) -> Iterator[Client]:
 
 
 def _start(config: Config, notify: Path) -> subprocess.Popen[bytes]:
+    # All settings at once, so that none is forgotten, and nothing of the environment's is taken for one.
+    settings = msgspec.json.encode(config).decode()
     command = [sys.executable, "-m", "workers", *config.modules, "--until-eof", "--log-level", "warning"]
-    command += ["--socket", config.socket, "--workers", str(config.workers)]
-    command += ["--max-frame", str(config.max_frame), "--drain-timeout", str(config.drain_timeout)]
-    if config.provider_dir is not None:
-        command += ["--provider-dir", config.provider_dir]
-        command += ["--provider-priority", str(config.provider_priority)]
-    if config.provider_name is not None:
-        command += ["--provider-name", config.provider_name]
-    for uid in config.allow_uid:
-        command += ["--allow-uid", str(uid)]
-    command += ["--forward-timeout", str(config.forward_timeout)]
-    for gid in config.allow_gid:
-        command += ["--allow-group", str(gid)]
-    for rule in config.allow_hook:
-        command += ["--allow-hook", rule]
-    command += _http_options(config)
     # The modules are found there as they would be here.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
-        command,
+        [*command, "--settings", settings],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "NOTIFY_SOCKET": str(notify), "PYTHONPATH": path},
     )
-
-
-def _http_options(config: Config) -> list[str]:
-    options = [f"--http-host={name}" for name in config.http_host]
-    for name in ("http", "http_url", "http_token_file"):
-        value = getattr(config, name)
-        if value is not None:
-            options.append(f"--{name.replace('_', '-')}={value}")
-    return [*options, "--http-no-token"] if config.http_no_token else options
 
 
 @contextmanager
