@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
 from benchmarks.harness import Line, Sample, Spread, measure, summarise
-from benchmarks.rows import ROWS
+from benchmarks.rows import ROWS, NotInstalled
 
 FEWEST_ROUNDS = 5
 """Fewer have no median to speak of on a machine that does other things too."""
@@ -37,7 +37,10 @@ def run(arguments: Sequence[str]) -> int:
     samples: list[Sample] = []
     print(machine(), flush=True)
     for row in [ROWS[name] for name in given.row] or ROWS.values():
-        samples += measure(row, given.rounds, _tell)
+        try:
+            samples += measure(row, given.rounds, _tell)
+        except NotInstalled as error:
+            parser.error(f"row {row.name}: {error}")
     _tell("")
     print_table(list(summarise(samples)), given.rounds)
     if given.json:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvloop
 import zmq
@@ -19,7 +23,7 @@ import zmq
 from acomm import Request, Tracker
 from acomm.client import Client
 from acomm.urls import unix_path
-from benchmarks import floor, hooks, strangers
+from benchmarks import floor, hooks, http, strangers
 from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
@@ -144,6 +148,17 @@ def future_latency(call: Callable[[int], Any], calls: int) -> Figures:
     return percentiles([timed(value) for value in range(calls)])
 
 
+class NotInstalled(Exception):
+    """A contender is not on this machine."""
+
+
+def needs(*packages: str) -> None:
+    """Raises NotInstalled."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise NotInstalled(f"{' and '.join(missing)} not installed: run scripts/setup bench")
+
+
 # -- the rows -----------------------------------------------------------------------------------------
 
 
@@ -195,12 +210,34 @@ def _hooks() -> Iterator[list[Contender]]:
         ]
 
 
+@contextmanager
+def _http() -> Iterator[list[Contender]]:
+    needs("gunicorn", "uvicorn")
+    with (
+        tempfile.TemporaryDirectory(prefix="acomm-bench-") as folder,
+        launch(
+            "benchmarks.tasks", workers=WORKERS, http="127.0.0.1:0", http_token_file=f"{folder}/token"
+        ) as client,
+        http.gunicorn() as gunicorn,
+        http.uvicorn() as uvicorn,
+    ):
+        port = urlsplit(client.stats()["http"]["url"]).port
+        assert port is not None
+        door = http.Target("127.0.0.1", port, "/call/echo", Path(folder, "token").read_text().strip())
+        yield [
+            Contender("HTTP door", partial(http.rate, door), ours=True),
+            Contender("gunicorn", partial(http.rate, gunicorn)),
+            Contender("uvicorn", partial(http.rate, uvicorn)),
+        ]
+
+
 ROWS = {
     row.name: row
     for row in (
         Row("socket", "calls/s of a tiny task, by how many are in flight", _socket, (1, 16, 64, 256)),
         Row("latency", "round trip of one call at a time", _latency, (1,), calls=2000),
         Row("strangers", "calls/s by programs that open a connection a message", _strangers, (1, 16, 64)),
+        Row("http", "calls/s over HTTP, against web servers that echo by themselves", _http, (1, 16, 64)),
         Row("hooks", "99 good hooks, beside one that takes nothing", _hooks, (64,), seconds=2.0),
     )
 }
