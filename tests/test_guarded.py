@@ -213,6 +213,7 @@ async def test_a_signed_url_is_judged_once_more(tmp_path: Path) -> None:
         signed = proxy.sign(tracker.new_stream_unix(b"secret").result)
         with pytest.raises(ConnectionLost, match="502"):
             await stream(lambda data: None, signed.replace("http://localhost", url))
+        await tracker.stop(0)  # nobody reads it
 
 
 # -- trackers: forwarding and answers from outside -------------------------------------------------------
@@ -326,6 +327,7 @@ async def test_a_unix_stream_reaches_a_hook_over_http_through_the_proxy() -> Non
             else:
                 assert body["streamURL"]["Path"] == "/stream"
                 assert "sig=" in body["streamURL"]["RawQuery"]
+        await tracker.stop(0)  # nobody reads them
 
 
 async def test_proxy_unix_reads_a_stream_from_elsewhere() -> None:
