@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 import uvloop
 from serving import Fifo
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # We are a shell's background job. Programs that tests start would inherit that, and not be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -656,7 +656,7 @@ with socket.socket(socket.AF_UNIX) as sock:
     sock.connect(sys.argv[1])
     try:
         sock.sendall(b"x")
-        print(len(sock.recv(100)))
+        print(sum(map(len, iter(lambda: sock.recv(100), b""))))
     except ConnectionError:
         print("refused")
 """
