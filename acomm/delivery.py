@@ -76,8 +76,8 @@ class Delivery:
     def stop(self) -> None:
         """Give up what waits for another try, and try no more. Close the channels afterwards."""
         self._stopped = True
-        if self._retries:
-            log.warning("%d responses were not delivered", len(self._retries))
+        if self.pending:
+            log.warning("%d responses were not delivered", self.pending)
         while self._retries:
             self._retries.pop().cancel()
             self.finished(False)
@@ -155,6 +155,10 @@ class _Attempt:
                 self.delivery.trouble_ended(self.url)
             self.delivery.finished(True)
             return
+        if self.delivery._stopped:
+            log.debug("the hook %s has not acknowledged: %s", printable(self.url), printable(error))
+            self.delivery.finished(False)
+            return
         self.failures += 1
         if not isinstance(error, ConnectionLost) or isinstance(error, NoAcknowledgement):
             self.refusals += 1
@@ -163,7 +167,7 @@ class _Attempt:
         # What the policy forbids, or the hook itself, does not become allowed by asking again.
         hopeless = isinstance(error, Forbidden)
         too_late = time.monotonic() - self.since > self.delivery.give_up_after
-        if hopeless or too_late or self.delivery._stopped or self.delivery.channels.closed:
+        if hopeless or too_late or self.delivery.channels.closed:
             level = logging.ERROR if self.delivery.trouble_ended(self.url) else logging.DEBUG
             log.log(level, "gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)

@@ -180,18 +180,23 @@ async def test_a_stop_ends_the_trying(
     assert (deliveries.abandoned, len(deliveries._retries)) == (4, 0)
 
 
-async def test_closing_the_channels_ends_what_is_under_way(tmp_path: Path, channels: Channels) -> None:
+async def test_closing_the_channels_ends_what_is_under_way(
+    tmp_path: Path, channels: Channels, caplog: pytest.LogCaptureFixture
+) -> None:
     done = threading.Event()
     deliveries = Delivery(channels)
     with GoPeer(tmp_path / "hook.sock", lambda received: done.wait(WAIT) and ack()) as hook:
-        deliveries.post(hook.url, Response("i"), 3)
+        for number in range(3):
+            deliveries.post(hook.url, Response(f"{number}"), 3)
         async with asyncio.timeout(WAIT):
-            while not hook.messages:
+            while len(hook.messages) < 3:
                 await asyncio.sleep(0.001)
             deliveries.stop()
             await channels.close()
         await drained(deliveries)
-        assert deliveries.abandoned == 1
+        assert deliveries.abandoned == 3
+        # The log tells of it once, not for each.
+        assert [record.getMessage() for record in caplog.records] == ["3 responses were not delivered"]
         done.set()
 
 
