@@ -376,24 +376,24 @@ class Tracker:
                 entry.resolve(response)
             except Exception:
                 log.exception("what waited for the response %s failed", printable(response.id))
-        if entry.proxied and request.response_hook is not None:
+        if entry.proxied:
             try:
-                self._deliver(entry, self._within_reach(request.response_hook, response))
+                self.deliver(request, response, entry.origin)
             except TypeError as error:
                 log.error("the result of task %s cannot be sent: %s", printable(request.task), error)
-                self._deliver(entry, Response(request.id, error=TaskError(str(error))))
+                self.deliver(request, Response(request.id, error=TaskError(str(error))), entry.origin)
 
-    def _deliver(self, entry: Tracked, response: Response) -> None:
-        request = entry.request
-        assert request.response_hook is not None
+    def deliver(self, request: Request, response: Response, origin: Origin | None = None) -> None:
+        """Post a response to the request's hook, if it has one; `origin` has chosen it.
+
+        Raises TypeError for a result that JSON cannot express.
+        """
+        hook = request.response_hook
+        if hook is None:
+            return
+        response = self._within_reach(hook, response)
         # Whether to say more is for the one who asked, not for the one who answered.
-        self.delivery.post(
-            request.response_hook,
-            response,
-            request.wire,
-            extended=request.extended,
-            origin=entry.origin,
-        )
+        self.delivery.post(hook, response, request.wire, extended=request.extended, origin=origin)
 
     def _within_reach(self, hook: str, response: Response) -> Response:
         """The response with a stream that its hook can read: over HTTP no unix socket is."""

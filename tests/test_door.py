@@ -339,6 +339,18 @@ class TestMessages:
         assert door.post(request("twice", "add", url, [1])).json["error"] == ""
         assert hook.next()[1]["result"] == 1
 
+    def test_a_repeat_is_answered_with_a_stream_that_its_hook_can_read(
+        self, tmp_path: Path, hook: HttpHook
+    ) -> None:
+        allowed = ("--allow-hook", f"127.0.0.1:{hook.port}")
+        with ServedDoor(tmp_path, "-w", "1", *allowed, modules=("streamtasks",)) as door:
+            message = request("again", "count", f"http://127.0.0.1:{hook.port}/", [3])
+            for _ in range(2):
+                assert door.post(message).json["error"] == ""
+                url = hook.next()[1]["streamURL"]
+                assert (url["Scheme"], url["Path"]) == ("http", "/stream")
+            assert door.get(f"/stream?{url['RawQuery']}", token=False).body == b"0\n1\n2\n"
+
     @pytest.mark.parametrize(
         ("headers", "code", "said"),
         [

@@ -509,9 +509,8 @@ class Supervisor:
         self._counts["repeated"] += 1
         if answer is not None and resolve is not None:
             resolve(answer)
-        if answer is not None and request.response_hook is not None:
-            answer = msgspec.structs.replace(answer, extended=request.extended)
-            self.tracker.delivery.post(request.response_hook, answer, request.wire, origin=origin)
+        if answer is not None:
+            self.tracker.deliver(request, answer, origin)
 
     # -- outcomes -----------------------------------------------------------------------------------
 
