@@ -375,8 +375,15 @@ class UnixStreams:
         chunks = chunks_of(source)
         bound = streamsocket.bind(self.folder, self.mode)
         self._none_open.clear()
-        self._streams.add(_UnixStream(self, bound, chunks, expiry))
-        return Done(urls.unix_url(bound.path))
+        stream = _UnixStream(self, bound, chunks, expiry)
+        self._streams.add(stream)
+        return Done(stream.url)
+
+    def expire(self, url: str) -> None:
+        """Wait no longer for the consumer of the stream at `url`; one that has come gets all of it."""
+        for stream in self._streams:
+            if stream.url == url:
+                stream.expire()
 
     async def drained(self) -> None:
         """Wait until no stream is open."""
@@ -414,6 +421,7 @@ class _UnixStream:
     ) -> None:
         self._owner = owner
         self._bound = bound
+        self.url = urls.unix_url(bound.path)
         self._chunks = chunks
         self._loop = asyncio.get_running_loop()
         self._waiting = True

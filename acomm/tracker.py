@@ -520,9 +520,17 @@ class Tracker:
         external = unix_path(url) is None
         if external and self.external_proxy_url is None:
             raise ConfigError(_NO_PROXY)
-        self.track(request, timeout, proxied=True, resolve=resolve, origin=origin, external=external)
+        through = request
+
+        def answered(response: Response) -> None:
+            if response.error is not None and through is not request and self._streams is not None:
+                # It may never have been sent, and a stream that nobody comes for would wait all the while.
+                self._streams.expire(through.stream_url or "")
+            if resolve is not None:
+                resolve(response)
+
+        self.track(request, timeout, proxied=True, resolve=answered, origin=origin, external=external)
         try:
-            through = request
             if request.stream_url is not None:
                 through = self._with_unix_stream(request, origin, timeout)
             if external:

@@ -266,6 +266,18 @@ async def test_a_service_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
             assert isinstance(answer.error, ConnectionLost | Forbidden)
 
 
+async def test_the_stream_of_a_request_that_fails_does_not_wait_for_a_reader(tmp_path: Path) -> None:
+    async with Tracker(policy=Policy()) as tracker:
+        open_before = len(os.listdir("/proc/self/fd"))
+        answers: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        wanted = a_request(None, task_url=f"unix://{tmp_path}/nobody.sock", stream_url=f"unix://{tmp_path}/s")
+        tracker.forward(wanted, 1000, origin=OWN, resolve=answers.set_result)
+        assert (await asyncio.wait_for(answers, WAIT)).error is not None
+        assert tracker._streams is not None
+        await asyncio.wait_for(tracker._streams.drained(), WAIT)
+        assert len(os.listdir("/proc/self/fd")) == open_before
+
+
 async def test_only_what_was_sent_outside_is_answered_from_outside(tmp_path: Path) -> None:
     async with Tracker(external_proxy_url="http://localhost:1/proxy") as tracker:
         inner, outer = a_request("unix:///a"), a_request("unix:///b")
