@@ -392,6 +392,12 @@ class TestSupervisor:
             assert hook.received.empty()
             assert hook.connections == 0
 
+    @as_root
+    def test_another_user_may_name_us_as_the_service(self, folder_for_all: Path) -> None:
+        with Served(folder_for_all, "--allow-uid", str(NOBODY)) as served:
+            asked = request("a", "add", None, [1], taskURL=served.url)
+            assert as_nobody(served.path, asked)["error"] == ""
+
     def test_a_task_url_is_followed(self, tmp_path: Path) -> None:
         first, second = tmp_path / "1", tmp_path / "2"
         first.mkdir()

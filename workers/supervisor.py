@@ -451,7 +451,7 @@ class Supervisor:
         """
         for what, url in (
             ("the hook", request.response_hook),
-            ("the task URL", request.task_url),
+            ("the task URL", request.task_url if request.task_url != self.url else None),
             ("the stream URL", request.stream_url),
         ):
             if url is None or self.tracker.channels.connected(url, origin):
