@@ -174,6 +174,22 @@ class TestCalls:
         after = door.until(lambda stats: stats["tracked"] == 0)
         assert after["counts"]["ok"] == before["counts"].get("ok", 0) + 1
 
+    def test_who_leaves_before_his_stream_begins_keeps_no_worker(
+        self, tmp_path: Path, started: Fifo, release: Fifo
+    ) -> None:
+        with ServedDoor(tmp_path, "-w", "1", modules=("streamtasks", "servedtasks")) as door:
+            holding = threading.Thread(target=door.call, args=("hold", [started.path, release.path]))
+            holding.start()
+            started.read()
+            with door.connect() as sock:
+                sock.sendall(http("POST /call/count", door, b"[3]"))
+                door.until(lambda stats: stats["queued"] == 1)
+            door.until(lambda stats: stats["http"]["connections"] == 1)
+            release.close()
+            holding.join(WAIT)
+            stats = door.until(lambda stats: stats["tracked"] == 0 and not stats["streams"]["open"])
+            assert stats["streams"]["cancelled"] == 1
+
     def test_a_cancelled_call(self, door: ServedDoor, started: Fifo, hook: HttpHook) -> None:
         message = request("to-cancel", "stay", f"http://127.0.0.1:{hook.port}/c", [started.path])
         assert door.post(message).json["error"] == ""

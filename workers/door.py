@@ -26,7 +26,7 @@ from aiohttp import web
 from acomm import jsontext
 from acomm.egress import Origin
 from acomm.messages import Request, Response, ok_ack, salvage
-from acomm.streams import open_stream, pass_on
+from acomm.streams import decline, open_stream, pass_on
 from acomm.tracker import Tracker
 from workers import httpreplies as replies
 from workers.config import Config
@@ -245,11 +245,18 @@ class Door:
         def resolve(response: Response) -> None:
             if not answer.done():
                 answer.set_result(response)
+            elif response.stream_url is not None:
+                decline(response.stream_url)  # the caller has left, and a worker would wait for nobody
 
         refusal = self._service.offer(call, Origin.http(trusted=trusted), resolve)
         if refusal is not None:
             return replies.refusal(refusal)
-        response = await answer
+        try:
+            response = await answer
+        except asyncio.CancelledError:
+            if not answer.cancelled():
+                resolve(answer.result())
+            raise
         if response.error is not None:
             return replies.refusal(response.error)
         if response.stream_url is not None:
