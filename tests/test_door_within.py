@@ -20,6 +20,7 @@ from acomm.egress import Origin
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest, Busy, ShuttingDown
 from acomm.messages import Request, Response
 from workers import Supervisor, door, httpaccess
+from workers.httpaccess import bracketed
 from workers.httpreplies import STATUSES
 
 pytestmark = pytest.mark.process
@@ -371,6 +372,33 @@ class TestElsewhere:
             origin = "https://api.example.org"
             reply = await within(within.caller.call, "add", [1], Host="api.example.org", Origin=origin)
             assert reply.json == 1
+
+    @pytest.mark.parametrize(
+        ("bound", "host"),
+        [
+            ("127.0.0.1", "localhost"),
+            ("127.9.9.9", "localhost"),
+            ("0.0.0.0", "localhost"),
+            ("::", "localhost"),
+            ("192.0.2.7", "192.0.2.7"),
+            ("2001:db8::7", "[2001:db8::7]"),
+        ],
+    )
+    async def test_it_goes_by_the_address_that_it_listens_at(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, host: str
+    ) -> None:
+        """At that alone: there is nothing of ours at the loopback then."""
+
+        def listen(family: int, address: tuple[str, int]) -> socket.socket:
+            return httpaccess.listen(socket.AF_INET, ("127.0.0.1", 0))
+
+        monkeypatch.setattr(door, "listen", listen)
+        settings = {"workers": 1, "socket": tmp_path / "t.sock"}
+        async with Supervisor("servedtasks", http=f"{bracketed(bound)}:0", **settings) as supervisor:
+            assert supervisor.door is not None
+            port = supervisor.door.url.rpartition(":")[2]
+            assert supervisor.tracker.http_stream_url == f"http://{host}:{port}/stream"
+            assert supervisor.tracker.external_proxy_url == f"http://{host}:{port}/proxy"
 
 
 class TestLife:

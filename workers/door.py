@@ -17,6 +17,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from ipaddress import ip_address
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -143,10 +144,18 @@ class Door:
         self._address = Address(self._address.host, sock.getsockname()[1])
         self._server = web.Server(self._handle, handler_cancellation=True)
         self._listening = await loop.create_server(self._protocol, sock=sock)
-        # Whoever gets such a URL from us puts our address in the place of `localhost`.
-        base = self._public or f"http://localhost:{self._address.port}"
+        base = self._public or self._base()
         self._service.tracker.http_stream_url = f"{base}/stream"
         self._service.tracker.external_proxy_url = f"{base}/proxy"
+
+    def _base(self) -> str:
+        """Where others reach us. Peers of ours put the address that they know us by in the place of
+        `localhost`, which no other will do for where we listen at one address alone.
+        """
+        host = self._bind[0].partition("%")[0]
+        address = ip_address(host)
+        alone = not (address.is_loopback or address.is_unspecified)
+        return Address(host if alone else "localhost", self._address.port).url()
 
     async def close(self, timeout: float) -> None:
         """Accept no more; give requests under way `timeout` seconds to be answered."""
