@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -86,16 +87,20 @@ def session(
     guard: Guard | None,
     *,
     timeout: float,
-    limit: int = 256,
     limit_per_host: int = 32,
     what: str = "the hook",
 ) -> aiohttp.ClientSession:
     """An aiohttp session for messages to hooks, judged by `guard` (None: the program's own URLs): no
     proxies from the environment, no cookies, `timeout` seconds for a whole exchange. Redirects are the
     request's to refuse: `allow_redirects=False`.
+
+    All hosts together have a quarter of the descriptors that the process may open: whatever the limit, enough
+    hosts that take connections and say nothing use it up, and then the others wait for them.
     """
     import aiohttp
 
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 0 if descriptors == resource.RLIM_INFINITY else max(descriptors // 4, limit_per_host)
     limits: dict[str, Any] = {"limit": limit, "limit_per_host": limit_per_host}
     return aiohttp.ClientSession(
         trust_env=False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -346,6 +348,20 @@ class TestMessages:
         assert set(reply.json) in [{"error", "id", "result", key} for key in ("streamURL", "stream_url")]
         assert (reply.json["id"], reply.json["result"]) == (id, None)
         assert said in reply.json["error"]
+
+    def test_hooks_that_never_answer_hold_up_no_other(self, tmp_path: Path, hook: HttpHook) -> None:
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
+            pytest.skip("this needs more descriptors than there are")
+        with contextlib.ExitStack() as stack, ServedDoor(tmp_path, "--allow-hook", "127.0.0.1:*") as door:
+            for number in range(9):
+                hole = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100))
+                url = f"http://127.0.0.1:{hole.getsockname()[1]}/"
+                for n in range(32):
+                    assert door.post(request(f"{number}-{n}", "add", url, [1])).json["error"] == ""
+            door.until(lambda stats: stats["hooks"]["pending"] == 9 * 32)
+            url = f"http://127.0.0.1:{hook.port}/"
+            assert door.post(request("good", "add", url, [1])).json["error"] == ""
+            assert hook.next()[1]["id"] == "good"
 
     def test_a_conflict(self, door: ServedDoor, hook: HttpHook) -> None:
         url = f"http://127.0.0.1:{hook.port}/"
