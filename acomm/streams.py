@@ -499,6 +499,9 @@ class _UnixStream:
                 self._owner.abandoned += 1
             else:
                 self._owner.broken += 1
+        except (ConnectionLost, Forbidden) as error:  # it is somebody else's stream that we pass on
+            self._owner.broken += 1
+            log.warning("a stream broke: %s", error)
         except (Exception, SystemExit) as error:  # a source that exits must not take the event loop along
             self._owner.broken += 1
             log.error("a stream broke", exc_info=error)

@@ -404,6 +404,17 @@ async def test_what_came_before_the_failure_is_delivered_first(streams: UnixStre
     assert dest.getvalue() == DATA
 
 
+async def test_a_stream_of_a_broken_stream_is_no_fault_of_ours(
+    streams: UnixStreams, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await streams.new_stream_unix(open_stream("unix:///nowhere/s.sock"))
+    with pytest.raises(ConnectionLost):
+        await stream(io.BytesIO(), url)
+    await streams.drained()
+    assert counts(streams) == {"broken": 1}
+    assert [(record.levelname, record.exc_info) for record in caplog.records] == [("WARNING", None)]
+
+
 @pytest.mark.parametrize("read", OUR_READERS)
 async def test_no_order_of_events_makes_a_failure_look_like_an_end(streams: UnixStreams, read: Any) -> None:
     """The byte may come before or after the failure."""
