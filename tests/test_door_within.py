@@ -196,7 +196,7 @@ class TestLimits:
         _, first = await within.opened()
         first.write(begun)
         async with asyncio.timeout(WAIT):
-            while not within.door._reading:
+            while not within.door._reading[True]:
                 await asyncio.sleep(0.001)
         reader, second = await within.opened()
         second.write(begun)
@@ -205,8 +205,23 @@ class TestLimits:
         first.close()
         second.close()
         await within.empty()
-        assert within.door._reading == 0
+        assert within.door._reading == {True: 0, False: 0}
         assert (await within(within.caller.call, "echo", ["x" * 90_000])).status == 200
+
+    async def test_strangers_take_no_room_from_callers(
+        self, within: Within, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(door, "UNREAD_BUDGET", 1)
+        monkeypatch.setattr(door, "READ_TIMEOUT", WAIT)
+        _, writer = await within.opened()
+        announced = ("Host: localhost", "Content-Type: application/json", "Content-Length: 90000")
+        writer.write("\r\n".join(("POST /proxy HTTP/1.1", *announced, "", "{")).encode())
+        async with asyncio.timeout(WAIT):
+            while not within.door._reading[False]:
+                await asyncio.sleep(0.001)
+        assert (await within(within.caller.call, "echo", ["x" * 90_000])).status == 200
+        writer.close()
+        await within.empty()
 
     async def test_who_sends_and_does_not_read_is_waited_for(
         self, within: Within, answers: Callable[[Any], None]

@@ -54,8 +54,8 @@ READ_TIMEOUT = 30.0
 MAX_CONNECTIONS = 1024
 
 UNREAD_BUDGET = 4
-"""Of the largest bodies, how many may be on their way in at a time. Small ones that come in one piece do
-not count.
+"""Of the largest bodies, how many may be on their way in at a time, and as many of senders without the token,
+who then only get into each other's way. Small ones that come in one piece do not count.
 """
 
 _CONNECTION: dict[str, Any] = {
@@ -120,7 +120,7 @@ class Door:
         }
         self._server: web.Server | None = None
         self._listening: asyncio.Server | None = None
-        self._reading = 0
+        self._reading = {True: 0, False: 0}  # bytes, by whether their sender is trusted
         self._document: bytes | None = None
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ class Door:
 
     async def _message(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         """A request in any generation; the answer is its acknowledgement."""
-        data = await self._json_body(request)
+        data = await self._json_body(request, trusted)
         try:
             message = Request.decode(data, localhost=_peer_address(request))
         except BadRequest as error:
@@ -245,7 +245,7 @@ class Door:
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
         """A call whose caller waits here. One who leaves does not stop it: it may have been meant so."""
-        data = await self._json_body(request, may_be_empty=True)
+        data = await self._json_body(request, trusted, may_be_empty=True)
         args = jsontext.raw_value(data, "the arguments") if data else None
         call = Request(task, args, **_options(request))
         call.validate()
@@ -291,7 +291,7 @@ class Door:
 
     async def _proxy(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         """The answer of a service elsewhere to a request that we have passed on."""
-        data = await self._json_body(request)
+        data = await self._json_body(request, trusted)
         ack = self._service.tracker.handle_external(data, _peer_address(request))
         return replies.answer(request, ack)
 
@@ -313,7 +313,9 @@ class Door:
 
     # -- bodies -------------------------------------------------------------------------------------
 
-    async def _json_body(self, request: web.BaseRequest, *, may_be_empty: bool = False) -> bytes:
+    async def _json_body(
+        self, request: web.BaseRequest, trusted: bool, *, may_be_empty: bool = False
+    ) -> bytes:
         """The body, which must say that it is JSON: a page can send anything else without asking first.
         Raises BadRequest, TooLarge, Busy.
         """
@@ -334,9 +336,9 @@ class Door:
             return data
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return await self._slow_body(request)
+        return await self._slow_body(request, trusted)
 
-    async def _slow_body(self, request: web.BaseRequest) -> bytes:
+    async def _slow_body(self, request: web.BaseRequest, trusted: bool) -> bytes:
         """A body that is not there yet."""
         body = bytearray()
         reserved = 0
@@ -346,7 +348,7 @@ class Door:
                 while True:
                     wanted = max(wanted, len(body))
                     self._check_size(wanted)
-                    self._reserve(wanted - reserved)
+                    self._reserve(wanted - reserved, trusted)
                     reserved = wanted
                     chunk = await request.content.readany()
                     if not chunk:
@@ -357,12 +359,12 @@ class Door:
         except web.RequestPayloadError as error:
             raise BadRequest(f"the body is broken: {printable(error)}") from None
         finally:
-            self._reading -= reserved
+            self._reading[trusted] -= reserved
 
-    def _reserve(self, size: int) -> None:
-        if size > 0 and self._reading + size > UNREAD_BUDGET * self._service.config.max_frame:
+    def _reserve(self, size: int, trusted: bool) -> None:
+        if size > 0 and self._reading[trusted] + size > UNREAD_BUDGET * self._service.config.max_frame:
             raise Busy("too many large requests are on their way in", retry_after=replies.RETRY_AFTER)
-        self._reading += size
+        self._reading[trusted] += size
 
     def _check_size(self, size: int) -> None:
         limit = self._service.config.max_frame
