@@ -60,6 +60,7 @@ responses that came in time may lie unread: deadlines then move by what was lost
 HANDLER_WAIT = 30.0
 """Seconds that a response's way to its hook waits for the request's handler."""
 
+_KEY_BYTES = 16
 _NO_PROXY = "no answer can come over HTTP here: the tracker has no external_proxy_url"
 
 _response_acks = {
@@ -82,7 +83,8 @@ class Answer(Protocol):
 class Tracked:
     """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook, which
     `origin` has chosen; `pickled` are handlers that came with it and may be unpickled here. `external`:
-    its answer may come over HTTP. `acknowledged`: it was sent by `post`, and its service has it.
+    its answer may come over HTTP, with this key if it is not empty. `acknowledged`: it was sent by `post`,
+    and its service has it.
     """
 
     __slots__ = ("acknowledged", "external", "origin", "pickled", "proxied", "request", "resolve")
@@ -94,7 +96,7 @@ class Tracked:
         resolve: Callable[[Response], None] | None,
         pickled: Handlers | None,
         origin: Origin | None,
-        external: bool,
+        external: str | None,
     ) -> None:
         self.request = request
         self.proxied = proxied
@@ -247,12 +249,12 @@ class Tracker:
         resolve: Callable[[Response], None] | None = None,
         unpickle: bool = False,
         origin: Origin | None = None,
-        external: bool = False,
+        external: str | None = None,
     ) -> None:
         """As `track_request`, for services: `resolve(response)` is told the response after the handlers
         have run; `proxied` posts it to the request's hook, which was chosen by `origin`; `unpickle` runs
         the request's pickled handlers, for whoever has made sure that its sender may run code here;
-        `external` takes the response from `handle_external`, too.
+        `external` takes the response from `handle_external`, too, from who knows this key if it is not empty.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -478,18 +480,21 @@ class Tracker:
         response is passed on to the original hook. Raises ConfigError when one of the two is needed
         and not set.
         """
-        external = self._external(request)
+        external = self._external(request, "")
         timeout = self.default_timeout if timeout is None else timeout
-        self.track(request, timeout, proxied=True, external=True)
+        self.track(request, timeout, proxied=True, external="")
         return external
 
-    def _external(self, request: Request) -> Request:
-        if self.external_proxy_url is None:
+    def _external(self, request: Request, key: str) -> Request:
+        hook = self.external_proxy_url
+        if hook is None:
             raise ConfigError(_NO_PROXY)
+        if key:
+            hook += f"{'&' if '?' in hook else '?'}key={key}"
         stream = request.stream_url
         if stream is not None and unix_path(stream) is not None:
             stream = self.proxy_stream_http_url(stream)
-        return _for_the_next(request, self.external_proxy_url, stream)
+        return _for_the_next(request, hook, stream)
 
     def _with_unix_stream(self, request: Request, origin: Origin | None, expiry: float) -> Request:
         from acomm.egress import Guard
@@ -517,7 +522,8 @@ class Tracker:
         """
         url = request.task_url
         assert url is not None
-        external = unix_path(url) is None
+        # Its sender has chosen the id, which anybody may guess who reaches our door.
+        external = os.urandom(_KEY_BYTES).hex() if unix_path(url) is None else None
         if external and self.external_proxy_url is None:
             raise ConfigError(_NO_PROXY)
         through = request
@@ -534,7 +540,7 @@ class Tracker:
             if request.stream_url is not None:
                 through = self._with_unix_stream(request, origin, timeout)
             if external:
-                outgoing = self._external(through)
+                outgoing = self._external(through, external)
             else:
                 outgoing = _for_the_next(through, self.url, through.stream_url)
         except AcommError as error:
@@ -550,19 +556,20 @@ class Tracker:
         payload = outgoing.encode(3, extended=True)
         self.channels.post(url, Outgoing(payload, acknowledged, wire=3, extended=True), origin)
 
-    def handle_external(self, data: bytes, address: str | None = None) -> bytes:
+    def handle_external(self, data: bytes, address: str | None = None, key: str = "") -> bytes:
         """A response from beyond this host, as its JSON: settles the request that was sent there, and
-        returns the acknowledgement. `address` is the peer's, for streams that it calls "localhost".
+        returns the acknowledgement. `address` is the peer's, for streams that it calls "localhost"; `key` is
+        that of the URL's query.
 
-        Only requests of `proxy_external` and `forward` are answered from outside. Whether there was one is
-        not told, as the id may be a guess.
+        Only requests of `proxy_external` and `forward` are answered from outside, and those of `forward` only
+        by who was told the key. Whether there was one is not told, as the id may be a guess.
         """
         try:
             response = Response.decode(data)
         except BadRequest as error:
             return Response("", error=error).encode(3)
         entry = self._table.get(response.id)
-        if entry is not None and entry.external:
+        if entry is not None and entry.external is not None and _fits(entry.external, key):
             self.settle(_from_outside(response, address))
         else:
             log.debug("an answer from outside to the request %s is not awaited", printable(response.id))
@@ -572,7 +579,7 @@ class Tracker:
         """`handle_external` as a handler of aiohttp's, to be mounted at `external_proxy_url`."""
         from aiohttp import web
 
-        ack = self.handle_external(await request.read(), request.remote)
+        ack = self.handle_external(await request.read(), request.remote, request.query.get("key", ""))
         return web.Response(body=ack, content_type="application/json")
 
     async def call(self, url: str, request: Request, timeout: float | None = None) -> Response:
@@ -649,6 +656,12 @@ def _for_the_next(request: Request, hook: str, stream: str | None) -> Request:
         on_error=None,
         handlers=None,
     )
+
+
+def _fits(wanted: str, key: str) -> bool:
+    from hmac import compare_digest
+
+    return not wanted or compare_digest(wanted.encode(), key.encode("utf-8", "replace"))
 
 
 def _from_outside(response: Response, address: str | None) -> Response:

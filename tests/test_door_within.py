@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doors import JSON, SECURITY, Caller, Reply
+from doors import JSON, SECURITY, Caller, HttpHook, Reply
 from peers import WAIT
 
 from acomm.egress import Origin
@@ -376,6 +376,21 @@ class TestElsewhere:
         assert not answer.done()
         within.supervisor.tracker.settle(Response("mine", 1))
         assert answer.result().result == 1
+
+    async def test_an_answer_to_what_was_passed_on_shows_the_key(self, within: Within) -> None:
+        answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        with HttpHook() as service:
+            asked = Request("x", id="1", task_url=f"http://127.0.0.1:{service.port}/")
+            within.supervisor.tracker.forward(asked, 1000, resolve=answer.set_result)
+            _, message = await asyncio.to_thread(service.next)
+        forged, body = Response("1", "forged").encode(3), Response("1", 7).encode(3)
+        path = f"/proxy?{message['responseHook']['RawQuery']}"
+        for wrong in ("/proxy", "/proxy?key=", f"{path}x"):
+            reply = await within(within.caller.post, forged, token=False, path=wrong)
+            assert reply.json["error"] == ""
+        assert not answer.done()
+        await within(within.caller.post, body, token=False, path=path)
+        assert (await asyncio.wait_for(answer, WAIT)).result_as(int) == 7
 
     async def test_behind_a_proxy_it_goes_by_the_public_name(self, tmp_path: Path) -> None:
         settings = {"workers": 1, "socket": tmp_path / "t.sock", "http_url": "https://api.example.org/a/"}

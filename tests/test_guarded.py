@@ -292,6 +292,28 @@ async def test_only_what_was_sent_outside_is_answered_from_outside(tmp_path: Pat
         tracker.remove_request(inner)
 
 
+@pytest.mark.parametrize("base", ["http://localhost:1/proxy", "http://localhost:1/?to=proxy"])
+async def test_what_was_forwarded_is_answered_by_who_was_told_the_key(base: str) -> None:
+    """The id is the requester's choice, and may be easy to guess."""
+    asked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def service(request: web.Request) -> web.Response:
+        asked.set_result(Request.decode(await request.read()).response_hook or "")
+        return web.Response(body=b'{"error":"","id":"1","result":null,"streamURL":null}')
+
+    async with served(service) as url, Tracker(external_proxy_url=base) as tracker:
+        answers: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        wanted = Request("work", id="1", task_url=url)
+        tracker.forward(wanted, 1000, resolve=answers.set_result)
+        hook, separator, key = (await asyncio.wait_for(asked, WAIT)).partition("key=")
+        assert (hook, separator, len(key)) == (f"{base}{'&' if '?' in base else '?'}", "key=", 32)
+        for wrong in ("", "0" * 32, "é\udc80"):
+            tracker.handle_external(Response("1", "forged").encode(3), None, wrong)
+        assert tracker.tracked("1") is not None
+        tracker.handle_external(Response("1", 7).encode(3), None, key)
+        assert (await asyncio.wait_for(answers, WAIT)).result_as(int) == 7
+
+
 @pytest.mark.parametrize("body", [b"null", b"{", b"[]", b'{"error":1}', b"\xff"])
 async def test_what_is_no_answer_is_refused_and_never_null(body: bytes) -> None:
     async with Tracker() as tracker:

@@ -292,7 +292,8 @@ class Door:
     async def _proxy(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         """The answer of a service elsewhere to a request that we have passed on."""
         data = await self._json_body(request, trusted)
-        ack = self._service.tracker.handle_external(data, _peer_address(request))
+        key = request.query.get("key", "")
+        ack = self._service.tracker.handle_external(data, _peer_address(request), key)
         return replies.answer(request, ack)
 
     async def _health(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
