@@ -100,6 +100,12 @@ def test_streams_are_described_as_such(document: dict[str, Any]) -> None:
     assert kind[1]["x-item-schema"]["$ref"].startswith("#/components/schemas/")
 
 
+def test_one_connection_too_many_may_be_the_answer_to_anything(document: dict[str, Any]) -> None:
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert "503" in operation["responses"], path
+
+
 def test_every_code_has_a_status_and_every_status_is_described(document: dict[str, Any]) -> None:
     assert set(STATUSES) == set(WIRE_ERRORS)
     described = document["paths"]["/call/add"]["post"]["responses"]

@@ -24,7 +24,7 @@ _STATUSES = {
     413: "The body or the result is larger than the limit.",
     422: "The arguments do not fit, the task raised, a time limit has passed, or the call kills workers.",
     429: "No more work is taken now; see Retry-After.",
-    503: "The service is stopping, or the worker died.",
+    503: "The service is stopping, or has too many connections, or the worker died.",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
@@ -162,13 +162,14 @@ def _fixed_paths() -> dict[str, Any]:
                 "requestBody": _body("Request"),
                 "responses": {
                     "200": {"description": "The acknowledgement, refusals included.", "content": response},
-                    **_errors(400),
+                    **_errors(400, 503),
                 },
             }
         },
         "/proxy": {
             "post": {
                 "summary": "The response of a service elsewhere to a request that was passed on to it.",
+                "parameters": [{"name": "key", "in": "query", "schema": {"type": "string"}}],
                 "requestBody": _body("Response"),
                 "responses": {
                     "200": {"description": "The acknowledgement.", "content": response},
@@ -196,7 +197,7 @@ def _fixed_paths() -> dict[str, Any]:
         "/healthz": {
             "get": {
                 "summary": "Whether the process lives.",
-                "responses": {"200": {"description": "It does.", "content": text}, **_errors(400, 403)},
+                "responses": {"200": {"description": "It does.", "content": text}, **_errors(400, 403, 503)},
             }
         },
         "/readyz": {
@@ -217,7 +218,7 @@ def _fixed_paths() -> dict[str, Any]:
                         "description": "It.",
                         "content": {"application/json": {"schema": {"type": "object"}}},
                     },
-                    **_errors(400, 401, 403),
+                    **_errors(400, 401, 403, 503),
                 },
             }
         },
