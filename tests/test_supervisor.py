@@ -204,6 +204,15 @@ class TestHandlers:
             assert await asyncio.wait_for(blocked, WAIT) == 1
         started.close()
 
+    def test_a_stream_is_among_what_a_drain_waits_for(self, tmp_path: Path) -> None:
+        settings = ("-w", "1", "--drain-timeout", "0.1")
+        with Served(tmp_path, *settings, modules=("streamtasks",)) as served, Hook(tmp_path / "h") as hook:
+            served.ask(request("i", "count", hook.url, [3]))
+            assert hook.answer()["streamURL"] is not None
+            served.process.terminate()
+            assert served.wait() == 0
+            assert "stopping: 1 calls to finish" in served.stderr()
+
     def test_those_that_block_for_ever_hold_up_neither_answers_nor_the_end(
         self, tmp_path: Path, started: Fifo
     ) -> None:

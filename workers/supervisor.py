@@ -235,7 +235,7 @@ class Supervisor:
         self._begin_draining()
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
-        if (self._calls or self._forwarded or self._streams) and drain_timeout > 0:
+        if self._unfinished and drain_timeout > 0:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
@@ -342,10 +342,10 @@ class Supervisor:
             raise
         self._begin_draining()  # before anybody is told
         notify("STOPPING=1")
-        log.info("stopping: %d calls to finish", len(self._calls))
+        log.info("stopping: %d calls to finish", self._unfinished)
         stopping = loop.create_task(self.stop())
         if not await _first(stopping, now.wait()):
-            log.warning("stopped at once, by a second signal: %d calls unfinished", len(self._calls))
+            log.warning("stopped at once, by a second signal: %d calls unfinished", self._unfinished)
             await self.stop(0)
 
     # -- requests -----------------------------------------------------------------------------------
@@ -576,8 +576,13 @@ class Supervisor:
         self._counts["ok" if response.error is None else response.error.code] += 1
         self._recent.finish(response, time.monotonic())
 
+    @property
+    def _unfinished(self) -> int:
+        """What was accepted and has not ended: calls here, those passed on, and streams."""
+        return len(self._calls) + len(self._forwarded) + len(self._streams)
+
     def _look_idle(self) -> None:
-        if not (self._calls or self._forwarded or self._streams) and self._idle is not None:
+        if not self._unfinished and self._idle is not None:
             self._idle.set()
 
     # -- streams ------------------------------------------------------------------------------------
