@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from acomm.channel import Channels, NoAcknowledgement, Outgoing
@@ -28,6 +28,8 @@ SAFE_FOR_GENERATION_2 = 64 * 1024
 200 KiB at most, and less if they are quick.
 """
 
+_TOLD_A_MINUTE = 10
+
 _expected = {wire: ok_ack(b'""', wire, True) for wire in (1, 2, 3)}
 
 
@@ -47,6 +49,7 @@ class Delivery:
         self._stopped = False
         self._retries: set[asyncio.TimerHandle] = set()
         self._troubled: Counter[str] = Counter()  # by hook, its responses that have failed
+        self._told: deque[float] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -96,6 +99,20 @@ class Delivery:
         if self._troubled[url]:
             return False
         del self._troubled[url]
+        return True
+
+    def may_tell(self) -> bool:
+        """Whether the log has room for one more hook that is given up at the first try: whoever asks may name
+        a new one with each request.
+        """
+        now = time.monotonic()
+        while self._told and self._told[0] <= now - 60.0:
+            self._told.popleft()
+        if len(self._told) >= _TOLD_A_MINUTE:
+            return False
+        self._told.append(now)
+        if len(self._told) == _TOLD_A_MINUTE:
+            log.error("more hooks that are given up at once are not told of within this minute")
         return True
 
     def finished(self, delivered: bool) -> None:
@@ -168,7 +185,8 @@ class _Attempt:
         hopeless = isinstance(error, Forbidden)
         too_late = time.monotonic() - self.since > self.delivery.give_up_after
         if hopeless or too_late or self.delivery.channels.closed:
-            level = logging.ERROR if self.delivery.trouble_ended(self.url) else logging.DEBUG
+            told = self.delivery.trouble_ended(self.url) and (not hopeless or self.delivery.may_tell())
+            level = logging.ERROR if told else logging.DEBUG
             log.log(level, "gave up on the hook %s: %s", printable(self.url), printable(error))
             self.delivery.finished(False)
             return

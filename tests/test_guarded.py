@@ -168,6 +168,15 @@ async def test_what_is_forbidden_is_not_tried_again() -> None:
         assert (tracker.delivery.delivered, tracker.delivery.abandoned) == (0, 1)
 
 
+async def test_hooks_that_are_forbidden_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with Tracker(policy=Policy()) as tracker:
+        for number in range(200):
+            tracker.delivery.post(f"http://10.0.0.{number}/", Response("id", 1), 3, origin=OWN)
+        await asyncio.wait_for(tracker.delivery.drained(), WAIT)
+        assert tracker.delivery.abandoned == 200
+    assert 0 < len(caplog.records) < 20
+
+
 # -- streams -------------------------------------------------------------------------------------------
 
 
