@@ -124,6 +124,16 @@ class TestStreams:
         assert command.returncode == 1
         assert stderr == b"acomm: the output cannot be written: No space left on device\n"
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+    @pytest.mark.parametrize("arguments", [("call", "add", "1"), ("tasks",), ("stats", "--json")], ids=str)
+    def test_a_full_disk_for_what_is_no_stream(self, call: Command, arguments: tuple[str, ...]) -> None:
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*ACOMM, *arguments], env=call.environment, stdout=full, stderr=subprocess.PIPE, timeout=WAIT
+            )
+        assert done.returncode == 1
+        assert done.stderr == b"acomm: the output cannot be written: No space left on device\n"
+
 
 class TestInput:
     def test_a_file_and_stdin(self, call: Command, tmp_path: Path) -> None:

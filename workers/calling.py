@@ -138,22 +138,26 @@ def open_source(path: str) -> IO[bytes]:
 
 
 def copy(stream: Stream, output: IO[bytes]) -> None:
-    """Copy a stream as it comes. Exits quietly when nobody reads the output any more. Raises ConnectionLost,
-    and AcommError when the output takes no more.
-    """
+    """Copy a stream as it comes. Raises ConnectionLost, and what `write` raises."""
     stream.format = None  # bytes, whatever is in them
     with stream:
         for chunk in stream:
-            try:
-                output.write(chunk)
-                output.flush()
-            except BrokenPipeError:
-                stream.close()
-                # What is left in its buffer is for nobody, and must not fail once more at the end.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
-                sys.exit(EXIT_BROKEN_PIPE)
-            except OSError as error:
-                raise AcommError(f"the output cannot be written: {error.strerror}") from None
+            write(chunk, output)
+
+
+def write(data: bytes, output: IO[bytes]) -> None:
+    """Write and flush. Exits quietly when nobody reads the output any more. Raises AcommError when it takes
+    no more.
+    """
+    try:
+        output.write(data)
+        output.flush()
+    except OSError as error:
+        # What is left in its buffer must not fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(EXIT_BROKEN_PIPE)
+        raise AcommError(f"the output cannot be written: {error.strerror}") from None
 
 
 class Display:

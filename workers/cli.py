@@ -311,14 +311,14 @@ def demo(workers: int | None, quick: bool) -> None:
 
 
 def _echo_json(value: Any) -> None:
-    click.echo(msgspec.json.encode(value).decode())
+    calling.write(msgspec.json.encode(value) + b"\n", sys.stdout.buffer)
 
 
 def _echo_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table for people; on anything but a terminal, tab-separated lines for programs."""
     if not sys.stdout.isatty():
-        for row in rows:
-            click.echo("\t".join(printable(cell, 10_000) for cell in row))
+        lines = ("\t".join(printable(cell, 10_000) for cell in row) + "\n" for row in rows)
+        calling.write("".join(lines).encode(), sys.stdout.buffer)
         return
     from rich import box
     from rich.console import Console
