@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from doors import ServedDoor
 from peers import WAIT
 from serving import Fifo, Served, environment
 
@@ -112,7 +113,12 @@ class TestCall:
         result = run("call", "add", "1", "--url", f"unix://{tmp_path}/nobody", status=1)
         assert result.stderr.startswith("acomm: cannot reach unix://")
         assert len(result.stderr.splitlines()) == 1
-        assert "unknown scheme" in run("call", "add", "--url", "tcp://x", status=1).stderr
+
+    @pytest.mark.parametrize("command", [("call", "add"), ("tasks",), ("stats",), ("cancel", "1")], ids=str)
+    def test_a_url_that_leads_nowhere_is_status_2(self, command: tuple[str, ...]) -> None:
+        result = run(*command, "--url", "tcp://x", status=2)
+        assert result.stderr.startswith("acomm: the supervisor's URL has an unknown scheme: tcp://x")
+        assert len(result.stderr.splitlines()) == 1
 
     def test_an_interrupted_call_stops_its_task(self, served: Served, tmp_path: Path) -> None:
         fifo = Fifo(tmp_path / "fifo")
@@ -190,6 +196,23 @@ class TestOthers:
             result = run("cancel", call.id, status=1)
             assert result.stderr == f"acomm: no request {call.id} is under way\n"
         fifo.close()
+
+    @pytest.mark.parametrize("command", [("tasks",), ("stats",), ("cancel", "1")], ids=str)
+    def test_nobody_is_waited_for(self, tmp_path: Path, command: tuple[str, ...]) -> None:
+        result = run(*command, "--url", f"unix://{tmp_path}/nobody", status=1)
+        assert result.stderr == (
+            f"acomm: cannot reach unix://{tmp_path}/nobody: No such file or directory [connection_lost]\n"
+        )
+
+    def test_over_http(self, tmp_path: Path) -> None:
+        with ServedDoor(tmp_path, "-w", "1") as door:
+            secret = tmp_path / "shown"
+            secret.write_text(door.token or "")
+            reach = ("--url", door.http_url, "--token-file", str(secret))
+            assert "add\ta: integer" in run("tasks", *reach).stdout
+            assert f"url {door.http_url}" in run("stats", *reach).stdout
+            assert "no request 1 is under way" in run("cancel", "1", *reach, status=1).stderr
+            assert "[forbidden]" in run("tasks", "--url", door.http_url, status=1).stderr
 
     def test_help_and_version(self) -> None:
         assert "acomm, version" in run("--version").stdout

@@ -14,8 +14,8 @@ import click
 import msgspec
 
 from acomm.calls import Call
-from acomm.client import connect
-from acomm.errors import AcommError, AddressInUse, ConfigError, HandlerError
+from acomm.client import Client, connect
+from acomm.errors import AcommError, AddressInUse, BadRequest, ConfigError, HandlerError
 from acomm.itemstream import Stream
 from workers import calling
 from workers.config import Config
@@ -62,11 +62,27 @@ def cli() -> None:
     """Run Python tasks in supervised worker processes; call them from any language by a unix socket."""
 
 
-url_option = click.option(
-    "--url",
-    metavar="URL",
-    help="The supervisor, as unix://PATH.  [default: $ACOMM_URL, else its default socket]",
-)
+def _reaching(function: F) -> F:
+    """The options that say which supervisor is meant."""
+    url = click.option(
+        "--url",
+        metavar="URL",
+        help="unix://PATH, or an http:// URL on this host.  [default: $ACOMM_URL, else the default socket]",
+    )
+    token = click.option(
+        "--token-file", metavar="FILE", help="Holds the token for HTTP.  [default: $ACOMM_TOKEN]"
+    )
+    return url(token(function))
+
+
+def _connect(url: str | None, token_file: str | None, wait: float = 0.0) -> Client:
+    """Raises ConfigError for what can never lead to a supervisor."""
+    try:
+        return connect(url, token_file=token_file, wait=wait)
+    except BadRequest as error:
+        raise ConfigError(str(error)) from None
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -180,10 +196,9 @@ def _count(number: int, what: str) -> str:
 @cli.command()
 @click.argument("task")
 @click.argument("arguments", nargs=-1, metavar="[JSON... | KEY=VALUE...]")
-@url_option
+@_reaching
 @click.option("--timeout", type=float, metavar="SECONDS", help="Give up after that long, queueing included.")
 @click.option("--wait", type=float, default=0.0, metavar="SECONDS", help="Wait for one that is away.")
-@click.option("--token-file", metavar="FILE", help="Holds the token for HTTP.  [default: $ACOMM_TOKEN]")
 @click.option("--input", "source", metavar="FILE", help="Send FILE as the request's stream; - is stdin.")
 @click.option("--stream", "must_stream", is_flag=True, help="The answer must be a stream.")
 @click.option("--progress", "show_progress", is_flag=True, help="Show on stderr how far the task is.")
@@ -192,9 +207,9 @@ def call(
     task: str,
     arguments: tuple[str, ...],
     url: str | None,
+    token_file: str | None,
     timeout: float | None,
     wait: float,
-    token_file: str | None,
     source: str | None,
     must_stream: bool,
     show_progress: bool,
@@ -213,7 +228,7 @@ def call(
         stream = None if source is None else calling.open_source(source)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with connect(url, wait=wait, token_file=token_file) as client:
+    with _connect(url, token_file, wait) as client:
         args, kwargs = given.for_task(client, task)
         submitted = client.using(timeout=timeout, stream=stream).submit(task, *args, **kwargs)
         with ExitStack() as shown:
@@ -239,12 +254,12 @@ def _wait(call: Call) -> Any:
 
 
 @cli.command()
-@url_option
+@_reaching
 @json_option
 @_reporting
-def tasks(url: str | None, as_json: bool) -> None:
+def tasks(url: str | None, token_file: str | None, as_json: bool) -> None:
     """List the tasks that are served."""
-    with connect(url) as client:
+    with _connect(url, token_file) as client:
         found = client.tasks()
     if as_json:
         _echo_json(found)
@@ -264,12 +279,12 @@ def _signature(task: dict[str, Any]) -> str:
 
 
 @cli.command()
-@url_option
+@_reaching
 @json_option
 @_reporting
-def stats(url: str | None, as_json: bool) -> None:
+def stats(url: str | None, token_file: str | None, as_json: bool) -> None:
     """Show the supervisor's figures."""
-    with connect(url) as client:
+    with _connect(url, token_file) as client:
         found = client.stats()
     if as_json:
         _echo_json(found)
@@ -290,11 +305,11 @@ def _plain(value: Any) -> str:
 
 @cli.command()
 @click.argument("id")
-@url_option
+@_reaching
 @_reporting
-def cancel(id: str, url: str | None) -> None:
+def cancel(id: str, url: str | None, token_file: str | None) -> None:
     """Stop the request with that ID, even while it runs."""
-    with connect(url) as client:
+    with _connect(url, token_file) as client:
         if not client.cancel(id):
             raise AcommError(f"no request {printable(id)} is under way")
 
