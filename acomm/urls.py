@@ -85,6 +85,8 @@ def check(url: str, what: str) -> None:
                 f"{what}: the socket path is longer than {MAX_UNIX_PATH} bytes: {printable(url)}"
             )
         return
+    if scheme_of(url) == "unix":
+        raise BadRequest(f"{what} must be unix:// and an absolute socket path, not {printable(url)}")
     if scheme_of(url) not in HOOK_SCHEMES:
         raise BadRequest(f"{what} has an unknown scheme: {printable(url)}; known: unix, http, https")
     parts = _split(url, what)
