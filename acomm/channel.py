@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -638,7 +639,7 @@ class HttpChannel(Channel):
             connecting = isinstance(error, aiohttp.ClientConnectorError)
             nobody_there = connecting and not isinstance(error, aiohttp.ClientSSLError)
             kind = Unreachable if nobody_there else ConnectionLost
-            raise kind(f"cannot reach {where}: {error}") from None
+            raise kind(f"cannot reach {where}: {_why_not(error)}") from None
         try:
             ack = Response.decode(body)
         except BadRequest:
@@ -646,6 +647,18 @@ class HttpChannel(Channel):
         if ack.error is None and reply.status >= 300:
             return ConnectionLost(f"{where} answered status {reply.status}")
         return ack.error
+
+
+def _why_not(error: aiohttp.ClientError) -> object:
+    """What the system says of a connection that failed; aiohttp's words repeat the address."""
+    import aiohttp
+
+    if not isinstance(error, aiohttp.ClientConnectorError) or isinstance(error, aiohttp.ClientSSLError):
+        return error
+    number = error.os_error.errno
+    if isinstance(error, aiohttp.ClientConnectorDNSError) or not number or number < 0:
+        return error.os_error.strerror or error
+    return os.strerror(number)
 
 
 async def _read_body(reply: aiohttp.ClientResponse) -> bytes:
