@@ -75,6 +75,7 @@ def test_a_path_may_be_a_path() -> None:
         ("workers", True),
         ("workers", 1.5),
         ("socket", 7),
+        ("socket", ""),
         ("allow_uid", (-1,)),
         ("allow_uid", 5),
         ("allow_gid", ("staff",)),

@@ -620,6 +620,10 @@ class TestLife:
             (["--http", "127.0.0.1:0", "--http-url", "ftp://x"], "http_url has an unknown scheme"),
             (["--http", "127.0.0.1:0", "--http-token-file", "/dev/null"], "is not a plain file"),
             (["--http", "192.0.2.1:0"], "cannot listen at http://192.0.2.1:0"),
+            (["--http-url", "http://x"], "http_url is given, but no http"),
+            (["--http-token-file", "x"], "http_token_file is given, but no http"),
+            (["--http-no-token"], "http_no_token is given, but no http"),
+            (["--http-host", "x"], "http_host is given, but no http"),
         ],
     )
     def test_settings_that_do_not_fit(self, tmp_path: Path, arguments: list[str], said: str) -> None:

@@ -45,7 +45,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     modules: tuple[str, ...] = ()
     workers: Count = msgspec.field(default_factory=available_cpus)
-    socket: str = msgspec.field(default_factory=default_socket)
+    socket: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(default_factory=default_socket)
     allow_uid: tuple[Uid, ...] = ()
     allow_gid: tuple[Uid, ...] = ()
     allow_hook: tuple[str, ...] = ()

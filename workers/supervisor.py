@@ -159,6 +159,9 @@ class Supervisor:
 
     def _make_door(self) -> Door | None:
         if self.config.http is None:
+            for name in ("http_url", "http_token_file", "http_no_token", "http_host"):
+                if getattr(self.config, name):
+                    raise ConfigError(f"{name} is given, but no http: name a HOST:PORT, or leave it out")
             return None
         from workers.door import Door  # HTTP takes long to import, and most do without
 
