@@ -38,8 +38,16 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     (tmp_path / "flows.py").write_text(block_with("def squares"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with launch("sums", "guide", "flows", workers=2, drain_timeout=5) as client:
-        yield {**os.environ, "ACOMM_URL": client.url, "PYTHONPATH": str(tmp_path)}
+    door = {"http": "127.0.0.1:0", "http_token_file": "app.token"}
+    with launch("sums", "guide", "flows", workers=2, drain_timeout=5, **door) as client:
+        yield {
+            **os.environ,
+            "ACOMM_URL": client.url,
+            "ACOMM_SOCKET": client.url.removeprefix("unix://"),
+            "DOOR": client.stats()["http"]["url"],
+            "PATH": f"{Path(ACOMM).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(tmp_path),
+        }
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -84,10 +92,11 @@ def test_the_statuses_in_the_documents_are_those_of_the_door() -> None:
 @pytest.mark.process
 def test_the_calls_in_the_readme_print_what_they_are_said_to(served: dict[str, str]) -> None:
     lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
-    calls = [line.partition("#") for line in lines if line.startswith("acomm call")]
-    assert len(calls) == 2
+    calls = [line.partition(" # ") for line in lines if "acomm call" in line]
+    assert len(calls) == 5
     for command, _, said in calls:
-        done = run([ACOMM, *command.split()[1:]], served)
+        command = command.replace("http://127.0.0.1:8080", served["DOOR"])
+        done = run(["sh", "-c", command], served)
         said = said.strip().removeprefix("prints ")
         assert (done.stdout + done.stderr).strip() == said
 
@@ -136,10 +145,63 @@ def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, st
     assert done.stdout.splitlines() == ["['0', '1', '4']", "2"], done.stderr
 
 
-def test_every_document_that_is_linked_exists() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("node") is None, reason="the client is for Node.js")
+def test_the_client_in_the_protocol_runs(served: dict[str, str], tmp_path: Path) -> None:
+    (program,) = blocks("docs/protocol.md", "js")
+    client = tmp_path / "client.mjs"
+    client.write_text(program.replace("/tmp/hook-", f"{tmp_path}/hook-"))
+    done = run(["node", str(client)], served)
+    assert (done.stdout, done.stderr) == ("499500\n", "")
+    client.write_text(client.read_text().replace("n: 1000", "n: 'many'"))
+    done = run(["node", str(client)], served)
+    assert (done.stdout, done.stderr) == ("task total: argument n: expected int, got str\n", "")
+
+
+@pytest.mark.process
+def test_the_flows_of_the_readme_can_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (program,) = [block for block in blocks("README.md", "python") if "def squares" in block]
+    (tmp_path / "flows.py").write_text(program)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with launch("flows", workers=1) as client:
+        assert list(client.submit("squares", 3)) == [0, 1, 4]
+        assert client.using(stream=b"one\ntwo\n").call("count_lines") == 2
+
+
+def anchors(path: Path) -> set[str]:
+    """What the headings of a document can be linked by, as GitHub makes it."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_everything_that_is_linked_exists() -> None:
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", document.read_text())
+        for target, anchor in links:
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name} links to {target}"
+            assert not anchor or anchor in anchors(path), f"{document.name} links to {target}#{anchor}"
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    tables = (ROOT / "ARCHITECTURE.md").read_text().partition("## Processes")[0].split("| `workers` |")
+    for package, table in zip(("acomm", "workers"), tables, strict=True):
+        first_cells = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+        modules = {path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
+        assert modules - {"acomm"} <= set(re.findall(r"`(\w+)`", first_cells))
+
+
+def test_every_setting_and_option_is_in_the_guide() -> None:
+    from workers.cli import serve
+    from workers.config import Config
+
+    guide = (ROOT / "docs/guide.md").read_text()
+    shown = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}
+    shown -= {"--settings", "--workers"}
+    missing = [option for option in sorted(shown) if f"`{option}" not in guide]
+    missing += [name for name in Config.__struct_fields__ if f"| `{name}` |" not in guide]
+    assert missing == []
 
 
 def test_the_codes_in_the_protocol_are_those_of_the_errors() -> None:
