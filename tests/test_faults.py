@@ -370,7 +370,7 @@ class TestServiceManager:
     def test_an_abstract_address_and_one_that_nobody_has(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from workers.supervisor import notify
+        from workers.service import notify
 
         name = f"acomm-test-{os.getpid()}-{time.monotonic_ns()}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

@@ -71,6 +71,8 @@ WORKERS = {
     "engines": 5,
     "executor": 5,
     "provider": 5,
+    "service": 5,
+    "verbs": 5,
     "launcher": 6,
     "supervisor": 6,
     "calling": 7,

@@ -16,15 +16,12 @@ import asyncio
 import contextlib
 import difflib
 import functools
-import gc
 import logging
 import os
 import resource
-import signal
-import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,15 +29,14 @@ import msgspec
 from acomm import handlers, streamsocket
 from acomm.egress import Origin, Policy
 from acomm.errors import AcommError
-from acomm.jsontext import parse
 from acomm.listener import Connection, UnixListener
 from acomm.messages import RESERVED, Request, Response, ok_ack, salvage
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
+from workers import service
 from workers.calls import Call, Outcome
 from workers.config import Config
 from workers.errors import (
-    BadArgs,
     BadRequest,
     Busy,
     CallCancelled,
@@ -52,11 +48,12 @@ from workers.errors import (
     printable,
 )
 from workers.handlerthreads import HandlerThreads
-from workers.pool import Pool
+from workers.pool import CallInfo, Pool
 from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
 from workers.streaming import Place
+from workers.verbs import Verbs
 
 if TYPE_CHECKING:
     from workers.door import Door
@@ -66,9 +63,6 @@ log = logging.getLogger("acomm.supervisor")
 START_TIMEOUT = 60.0
 LAST_POSTS = 1.0
 """Seconds that a stopping supervisor gives its last responses to reach their hooks."""
-
-MAX_ASKED = 10_000
-"""Calls whose progress is told at once: some ten milliseconds' work."""
 
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
@@ -124,12 +118,7 @@ class Supervisor:
         self._admitted: dict[tuple[str, Origin], float] = {}
         self._streams: dict[str, Call] = {}  # answered, and still under way
         self._stream_ends: Counter[str] = Counter()
-        self._verbs: dict[str, Callable[[Any], Any]] = {
-            "acomm.tasks": self._tasks_verb,
-            "acomm.stats": self._stats_verb,
-            "acomm.cancel": self._cancel_verb,
-            "acomm.progress": self._progress_verb,
-        }
+        self._verbs = Verbs(self)
         self._counts: Counter[str] = Counter()
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -235,10 +224,10 @@ class Supervisor:
             return
         if drain_timeout is None:
             drain_timeout = self.config.drain_timeout
-        self._begin_draining()
+        self.begin_draining()
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
-        if self._unfinished and drain_timeout > 0:
+        if self.unfinished and drain_timeout > 0:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
@@ -264,7 +253,7 @@ class Supervisor:
         finally:
             self._release()
 
-    def _begin_draining(self) -> None:
+    def begin_draining(self) -> None:
         self.draining = True
         if self.provider is not None:
             self.provider.hide()
@@ -307,49 +296,7 @@ class Supervisor:
         when requests are taken. `until_eof` stops likewise when standard input ends, as it does when the
         program at its other end dies.
         """
-        _raise_descriptor_limit()
-        _run(self._run_until_told(ready, until_eof))
-
-    async def _run_until_told(self, ready: Callable[[Supervisor], None] | None, until_eof: bool) -> None:
-        stop, now = asyncio.Event(), asyncio.Event()
-
-        def on_signal() -> None:
-            (now if stop.is_set() else stop).set()
-
-        def on_input() -> None:
-            if not os.read(0, 4096):
-                loop.remove_reader(0)
-                stop.set()
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
-        if until_eof:
-            try:
-                loop.add_reader(0, on_input)
-            except OSError:  # a file, or /dev/null
-                raise ConfigError("--until-eof needs a pipe or a terminal as standard input") from None
-        starting = loop.create_task(self.start())
-        if not await _first(starting, stop.wait()):
-            return
-        try:
-            # What start-up has made lives as long as we do: no collection need ever look at it again.
-            gc.collect()
-            gc.freeze()
-            if ready is not None:
-                ready(self)
-            notify("READY=1")
-            await stop.wait()
-        except BaseException:
-            await self.stop(0)
-            raise
-        self._begin_draining()  # before anybody is told
-        notify("STOPPING=1")
-        log.info("stopping: %d calls to finish", self._unfinished)
-        stopping = loop.create_task(self.stop())
-        if not await _first(stopping, now.wait()):
-            log.warning("stopped at once, by a second signal: %d calls unfinished", self._unfinished)
-            await self.stop(0)
+        service.run(self, (lambda: ready(self)) if ready is not None else lambda: None, until_eof=until_eof)
 
     # -- requests -----------------------------------------------------------------------------------
 
@@ -580,12 +527,12 @@ class Supervisor:
         self._recent.finish(response, time.monotonic())
 
     @property
-    def _unfinished(self) -> int:
+    def unfinished(self) -> int:
         """What was accepted and has not ended: calls here, those passed on, and streams."""
         return len(self._calls) + len(self._forwarded) + len(self._streams)
 
     def _look_idle(self) -> None:
-        if not self._unfinished and self._idle is not None:
+        if not self.unfinished and self._idle is not None:
             self._idle.set()
 
     # -- streams ------------------------------------------------------------------------------------
@@ -596,13 +543,8 @@ class Supervisor:
             return
         self._streams[request.id] = call
         format = self.registry[call.task].stream_format
-        url = self._stream_url(request, url)
         response = Response.to(request, stream_url=url, stream_format=format)
         self._end(request.id, response)
-
-    def _stream_url(self, request: Request, url: str) -> str:
-        """Where the caller of `request` finds the stream that a worker makes at `url`."""
-        return url
 
     def _end_stream(self, id: str, error: AcommError | None) -> None:
         """A stream has ended. Its caller has its answer; what went wrong since is for its reader, who sees
@@ -622,47 +564,27 @@ class Supervisor:
     # -- control verbs ------------------------------------------------------------------------------
 
     def _answer_verb(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        verb = self._verbs.get(request.task)
-        if verb is None:
-            raise UnknownTask(f"no task {printable(request.task)}; known: {', '.join(sorted(self._verbs))}")
-        result = msgspec.Raw(_quote(verb(request)))
+        result = msgspec.Raw(_quote(self._verbs.answer(request)))
         response = Response(request.id, result, extended=request.extended)
         if resolve is not None:
             resolve(response)
         if request.response_hook is not None:
             self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
 
-    def _tasks_verb(self, request: Request) -> list[dict[str, Any]]:
-        return self.registry.schemas()
+    def under_way(self, id: str) -> Call | None:
+        """The call of a request that has not ended."""
+        return self._calls.get(id) or self._streams.get(id)
 
-    def _cancel_verb(self, request: Request) -> bool:
-        """Cancel the request whose id is the argument: `["id"]`, `{"id": ...}` or `"id"`."""
-        ids = _arguments(request)
-        if len(ids) != 1 or not isinstance(ids[0], str):
-            raise BadArgs("acomm.cancel takes the id of one request")
-        call = self._calls.get(ids[0]) or self._streams.get(ids[0])
-        if call is None:
-            return False
+    def cancel(self, call: Call) -> None:
+        """Stop a call, even one that runs."""
         outcome = self.pool.cancel(call.number)
         if outcome is not None:
             self._ended(outcome)
         self._set_timer()
-        return True
 
-    def _progress_verb(self, request: Request) -> dict[str, Any]:
-        """How far the requests are whose ids are the arguments, in a list or one by one; those that are not
-        under way are left out.
-        """
-        ids = _arguments(request)
-        if len(ids) == 1 and isinstance(ids[0], list):
-            ids = ids[0]
-        if len(ids) > MAX_ASKED or not all(isinstance(id, str) for id in ids):
-            raise BadArgs(f"acomm.progress takes a list of ids of requests, {MAX_ASKED} at most")
-        calls = {id: self._calls.get(id) or self._streams.get(id) for id in ids}
-        return {id: self.pool.look(call)._asdict() for id, call in calls.items() if call is not None}
-
-    def _stats_verb(self, request: Request) -> dict[str, Any]:
-        return self.stats()
+    def look(self, call: Call) -> CallInfo:
+        """How far a call is."""
+        return self.pool.look(call)
 
     def stats(self) -> dict[str, Any]:
         """The figures of `acomm stats`: counts since the start, what is under way, and the workers."""
@@ -694,13 +616,6 @@ class Supervisor:
         }
 
 
-def _arguments(request: Request) -> list[Any]:
-    """The arguments of a control verb, by position: an object's values in their order, a value by itself."""
-    given = None if request.args is None else parse(memoryview(request.args), "args")
-    values = list(given.values()) if isinstance(given, dict) else given
-    return values if isinstance(values, list) else [values]
-
-
 def _place(config: Config) -> Place:
     """Where workers make their streams: where those who may connect to us can reach them."""
     if config.socket_mode == 0o600:
@@ -726,45 +641,3 @@ def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
         stream_url=request.stream_url,
         origin=origin if task.streams or request.stream_url is not None else None,
     )
-
-
-async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any]) -> bool:
-    """Wait for `work` unless `interruption` is first; whether it ended. Raises what `work` raises."""
-    waiting = asyncio.ensure_future(interruption)
-    await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if not work.done():
-        work.cancel()
-        await asyncio.wait({work})
-        return False
-    work.result()
-    return True
-
-
-def notify(state: str) -> None:
-    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.connect("\0" + address[1:] if address.startswith("@") else address)
-            sock.send(state.encode())
-        except OSError as error:
-            log.warning("cannot notify the service manager: %s", error)
-
-
-def _raise_descriptor_limit() -> None:
-    """ZeroMQ aborts the process when it cannot have a descriptor, so have as many as we may."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
