@@ -1,18 +1,20 @@
-"""Requests that wait for a supervisor that is not there, because it restarts or has not started yet."""
+"""Requests that wait for a supervisor: none is there, since it restarts or starts late, or it is stopping."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from acomm import urls
-from acomm.errors import Unreachable
+from acomm.errors import AcommError
 
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.25
+_CALM = 1.0  # seconds without a look, after which the first pause is short again
 _CONNECT_TIMEOUT = 1.0  # seconds; for hosts that say nothing
 
 
@@ -26,25 +28,27 @@ T = TypeVar("T", bound=Waiting)
 
 
 class Away(Generic[T]):
-    """Holds what could not be sent to `url`, since nobody was there, and looks now and then whether somebody
-    is; then `send(item)` is called for each, in order. `give_up(item, error)` is called for one that has
+    """Holds what nobody at `url` has taken, and looks now and then whether somebody is there; then
+    `send(item)` is called for each, in order. `give_up(item, error)` is called for one that has
     waited `wait` seconds in all. It belongs to one event loop.
     """
 
     def __init__(
-        self, url: str, wait: float, send: Callable[[T], None], give_up: Callable[[T, Unreachable], None]
+        self, url: str, wait: float, send: Callable[[T], None], give_up: Callable[[T, AcommError], None]
     ) -> None:
         self._url = url
         self._wait = wait
         self._send = send
         self._give_up = give_up
-        self._items: deque[tuple[T, Unreachable]] = deque()
+        self._items: deque[tuple[T, AcommError]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._pause = _FIRST_PAUSE
+        self._looked = -math.inf
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def add(self, item: T, error: Unreachable) -> None:
+    def add(self, item: T, error: AcommError) -> None:
         """Keep `item`, which was met with `error`, or give it up at once if its time is over."""
         now = asyncio.get_running_loop().time()
         if item.until is None:
@@ -76,11 +80,13 @@ class Away(Generic[T]):
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
-        pause = _FIRST_PAUSE
+        if loop.time() - self._looked > _CALM:
+            self._pause = _FIRST_PAUSE
         while self._items:
             first = min(item.until or 0.0 for item, _ in self._items)
-            await asyncio.sleep(max(0.0, min(pause, first - loop.time())))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            await asyncio.sleep(max(0.0, min(self._pause, first - loop.time())))
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            self._looked = loop.time()
             there = await reachable(self._url)
             items, self._items = self._items, deque()
             for item, error in items:

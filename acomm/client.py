@@ -27,7 +27,7 @@ import msgspec
 from acomm.away import Away
 from acomm.calls import Call, Decode
 from acomm.channel import Outgoing
-from acomm.errors import AcommError, BadRequest, ConnectionLost, UnknownTask, Unreachable
+from acomm.errors import AcommError, BadRequest, ConnectionLost, ShuttingDown, UnknownTask, Unreachable
 from acomm.messages import RESERVED, Request, Response
 from acomm.socketpath import default_socket
 from acomm.streams import Source, UnixStreams, decline
@@ -69,10 +69,10 @@ def connect(
 
     Use it in `with` or `async with`, or close it. Nothing is sent before the first call.
 
-    A supervisor that is not there, since it restarts or starts a moment later, is waited for: a call fails
-    with Unreachable when nobody was there for `wait` seconds (0: at once). `default_timeout` is for how many
-    seconds a call without a timeout of its own waits for its answer. An `http://` URL on this host takes a
-    `token`, or the file that holds it (default: `$ACOMM_TOKEN`).
+    A supervisor that is not there, since it restarts or starts a moment later, is waited for, and so is the
+    next one while one stops: a call fails with Unreachable or ShuttingDown after `wait` seconds (0: at once).
+    `default_timeout` is for how many seconds a call without a timeout of its own waits for its answer. An
+    `http://` URL on this host takes a `token`, or the file that holds it (default: `$ACOMM_TOKEN`).
 
     Raises BadRequest for a URL that leads nowhere, ConfigError for a token that cannot be used.
     """
@@ -372,14 +372,14 @@ class _Pending:
             call.resolve(response)
 
     def set_exception(self, error: BaseException) -> None:
-        if isinstance(error, Unreachable) and self.call is not None:
+        # As the acknowledgement's error, ShuttingDown says that nothing was done, too.
+        if isinstance(error, Unreachable | ShuttingDown) and self.call is not None:
             self.client._away.add(self, error)
         else:
             self.fail(error)
 
-    def give_up(self, error: Unreachable) -> None:
-        waited = f"{error} (for {self.client._wait:g} s)" if self.client._wait else str(error)
-        self.fail(Unreachable(waited))
+    def give_up(self, error: AcommError) -> None:
+        self.fail(type(error)(f"{error} (for {self.client._wait:g} s)") if self.client._wait else error)
 
     def fail(self, error: BaseException) -> None:
         if (call := self.settled()) is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,39 @@ def test_an_orderly_restart(tmp_path: Path) -> None:
         call = client.submit("add", 2)
         with Served(tmp_path):
             assert call.result(WAIT) == 2
+
+
+class TestOneThatStops:
+    """It finishes what it has, and refuses what comes: nothing was done, so the next one may do it."""
+
+    @pytest.fixture
+    def stopping(self, tmp_path: Path, started: Fifo) -> Iterator[Served]:
+        """Until `release` is opened."""
+        os.mkfifo(tmp_path / "release")
+        with Served(tmp_path) as served, acomm.connect(served.url) as other:
+            other.submit("hold", started.path, f"{tmp_path}/release")
+            started.read()
+            served.process.terminate()
+            served.until(lambda stats: stats["state"] == "draining")
+            yield served
+
+    def test_calls_wait_for_the_next(self, tmp_path: Path, stopping: Served) -> None:
+        with acomm.connect(stopping.url, wait=WAIT) as client:
+            calls = [client.submit("add", number) for number in range(1000)]
+            with pytest.raises(TimeoutError):
+                calls[0].result(0.05)
+            (tmp_path / "release").write_text("")
+            assert stopping.wait() == 0
+            with Served(tmp_path):
+                assert [call.result(WAIT) for call in calls] == list(range(1000))
+
+    def test_in_vain(self, stopping: Served) -> None:
+        with acomm.connect(stopping.url, wait=0.1) as client:
+            with pytest.raises(errors.ShuttingDown, match=r"stopping \(for 0.1 s\)$"):
+                client.call("add", 1)
+        with acomm.connect(stopping.url, wait=0) as client:
+            with pytest.raises(errors.ShuttingDown, match=r"stopping$"):
+                client.call("add", 1)
 
 
 def test_a_stream_waits_too(tmp_path: Path) -> None:
