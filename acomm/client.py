@@ -135,12 +135,14 @@ class Client(Submitter):
         calls that have no answer by then fail with ConnectionLost, and streams that they send break off.
         Streams that were received go on.
         """
+        if self._pid != os.getpid():  # a fork's copy, as in `_post`
+            return
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             loop, thread = self._loop, self._thread
-        if loop is not None and thread is not None and self._pid == os.getpid():
+        if loop is not None and thread is not None:
             with contextlib.suppress(RuntimeError):  # it has ended by itself
                 loop.call_soon_threadsafe(self._stopped.set)
             if thread is not threading.current_thread():
