@@ -56,6 +56,8 @@ def die(how: str) -> None:
         os._exit(3)
     if how == "abort":
         os.abort()
+    if how == "without descriptors":
+        os.closerange(3, 1024)  # it dies when it answers
     if how == "exit":
         sys.exit(3)
     if how == "interrupt":

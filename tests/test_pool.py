@@ -218,7 +218,13 @@ def test_a_raising_call_is_tried_again_while_it_has_retries(driver: Driver) -> N
 
 @pytest.mark.parametrize(
     ("how", "sig", "status"),
-    [("kill", 9, None), ("segfault", 11, None), ("abort", 6, None), ("_exit", None, 3)],
+    [
+        ("kill", 9, None),
+        ("segfault", 11, None),
+        ("abort", 6, None),
+        ("_exit", None, 3),
+        ("without descriptors", 6, None),
+    ],
 )
 def test_a_death_costs_the_call_that_ran(
     driver: Driver, how: str, sig: int | None, status: int | None

@@ -149,7 +149,6 @@ class Worker:
             self._begun = now
             self._slot.begin(job.number, now)
             answer = self._answer(job, runnable)
-            self._slot.end()
             started, now = now, time.monotonic()
             answer.seconds = now - started
             if runnable is not None and not runnable.streams:
@@ -158,6 +157,8 @@ class Worker:
         with self._lock:
             self._begun = 0.0
             self._flush()
+        # Only now: if we die in answering, as without descriptors, the call that left us so pays for it.
+        self._slot.end()
 
     def _flush(self) -> None:
         ready = self._answers[:]
