@@ -65,6 +65,19 @@ def die(how: str) -> None:
 
 
 @task
+def fork(how: str) -> list[int]:
+    """Forks, and comes out of the task in both processes; the status of the copy."""
+    copy = os.fork()
+    if not copy:
+        if how == "exit":
+            sys.exit(7)
+        if how == "raise":
+            raise ValueError("on purpose")
+        return [os.getpid()]
+    return [os.waitpid(copy, 0)[1]]
+
+
+@task
 def die_first(attempts: int) -> int:
     """Kills its worker in the first so many attempts."""
     if context().attempt <= attempts:

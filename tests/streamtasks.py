@@ -136,6 +136,20 @@ def dies(number: int) -> Iterator[int]:
 
 
 @task
+def forks(how: str) -> Iterator[int]:
+    """Its copy yields, returns or raises, too; the last item is the copy's status."""
+    yield 1
+    copy = os.fork()
+    if not copy:
+        if how == "raise":
+            raise ValueError("on purpose")
+        if how == "return":
+            return
+        yield 2
+    yield os.waitpid(copy, 0)[1]
+
+
+@task
 async def raises_async(number: int) -> AsyncIterator[int]:
     for n in range(number):
         yield n

@@ -242,6 +242,14 @@ def test_a_death_costs_the_call_that_ran(
     idle(driver)
 
 
+@pytest.mark.parametrize(("how", "status"), [("exit", 7), ("raise", 1), ("return", 0)])
+def test_a_copy_that_a_task_forks_is_no_second_worker(driver: Driver, how: str, status: int) -> None:
+    driver.submit(call := Call("fork", text(how)))
+    assert driver.finish(call)[0].result == b"[%d]" % (status << 8)
+    assert driver.pool.restarts == 0
+    idle(driver)
+
+
 def test_many_deadly_calls_do_not_stop_the_others(driver: Driver) -> None:
     deadly = [Call("die", text("_exit")) for _ in range(40)]
     calls = [add(n) for n in range(400)]

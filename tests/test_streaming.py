@@ -547,6 +547,11 @@ class TestRefusals:
 
 @pytest.mark.process
 class TestBroken:
+    @pytest.mark.parametrize(("how", "status"), [("yield", 0), ("return", 0), ("raise", 1)])
+    def test_a_copy_that_a_generator_forks_sends_nothing(self, caller: Caller, how: str, status: int) -> None:
+        with caller.open("forks", how) as file:
+            assert file.read() == b"1\n%d\n" % (status << 8)
+
     @pytest.mark.parametrize("task", ["raises", "raises_async"])
     def test_a_generator_that_raises(self, served: Served, caller: Caller, task: str) -> None:
         before = ends(served)

@@ -30,6 +30,7 @@ from acomm import streamsocket, urls
 from acomm.jsontext import encode
 from acomm.streamsocket import ACCEPT_PAUSE, CHUNK, EXPIRY
 from workers.errors import CallCancelled, CallTimeout, ConfigError
+from workers.template import end_copy
 
 log = logging.getLogger("acomm.streams")
 
@@ -94,6 +95,7 @@ class Producer:
         on_left: Callable[[], None],
         on_abandoned: Callable[[], None],
     ) -> None:
+        self._pid = os.getpid()
         self._expiry = place.expiry
         self._uids = {0, os.getuid()} | ({uid} if uid is not None else set())
         self._on_left = on_left
@@ -212,6 +214,7 @@ class Producer:
         """Send the rest, say that this is all, and read what the consumer has sent: nothing may be left of
         it. Raises ConsumerLeft.
         """
+        self._end_if_copy(None)
         self._flush()
         self._stop_helper()
         if self._left:
@@ -234,6 +237,7 @@ class Producer:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """After an error the stream is broken, behind what was yielded until then."""
+        self._end_if_copy(error)
         if self._made is None:
             return
         try:
@@ -245,10 +249,16 @@ class Producer:
             self._stop_helper()
             self._made.close()
 
+    def _end_if_copy(self, error: BaseException | None) -> None:
+        """A generator may fork: what is pending is the original's to send."""
+        if os.getpid() != self._pid:
+            end_copy(error)
+
     # -- sending ------------------------------------------------------------------------------------
 
     def _add(self, number: int, item: Any) -> bool:
         """Add an item to what is pending; whether that is enough to be sent."""
+        self._end_if_copy(None)
         if self._left:
             raise self._leave()
         if type(item) is bytes:

@@ -365,19 +365,36 @@ def arm_lifeline(fd: int) -> None:
 
 def _call(target: Target, config: bytes, fds: list[int]) -> int:
     """Run the target and its exit functions; the exit code. Threads are not joined: they must not hold us."""
-    code = 1
+    code = 0
     try:
         target(config, fds)
-        code = 0
-    except SystemExit as error:
-        if error.code is None or isinstance(error.code, int):
-            code = (error.code or 0) & 0xFF
-        else:
-            print(error.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        code = _exit_code(error)
     atexit._run_exitfuncs()
     return code
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the interpreter makes of an exception that nobody catches."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if error.code is None or isinstance(error.code, int):
+        return (error.code or 0) & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def end_copy(error: BaseException | None) -> NoReturn:
+    """End a process that a task has forked, and that has come out of the task like its original, with `error`
+    or without. It holds the worker's socket and must not go on as a second worker.
+    """
+    code = 1
+    try:
+        code = 0 if error is None else _exit_code(error)
+    finally:
+        _flush()
+        os._exit(code)
 
 
 def _next_dead() -> int | None:

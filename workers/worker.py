@@ -33,6 +33,7 @@ from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
 from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
+from workers.template import end_copy
 
 HOLD = 0.0002
 """Seconds that a finished answer may wait for others: sending one costs about a tenth of it."""
@@ -107,6 +108,7 @@ class Worker:
         self._max_result = max_result
         self._place = place
         self._policy = policy
+        self._pid = os.getpid()
         self._tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
@@ -149,6 +151,8 @@ class Worker:
             self._begun = now
             self._slot.begin(job.number, now)
             answer = self._answer(job, runnable)
+            if os.getpid() != self._pid:
+                end_copy(None)
             started, now = now, time.monotonic()
             answer.seconds = now - started
             if runnable is not None and not runnable.streams:
@@ -209,6 +213,8 @@ class Worker:
         except (TooLarge, ConsumerLeft, NoConsumer) as error:
             return Answer(job.number, 0.0, None, Failure(error.code, error.message))
         except BaseException as error:  # SystemExit too: a task ends itself, never its worker
+            if os.getpid() != self._pid:
+                end_copy(error)
             return Answer(job.number, 0.0, None, _failure(error, runnable.retry_on))
         finally:
             leave(context)
