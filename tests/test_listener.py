@@ -562,8 +562,8 @@ async def test_a_stop_ends_though_peers_connect_late(tmp_path: Path, taken: bool
             try:
                 with socket.socket(socket.AF_UNIX) as sock:
                     sock.connect(path)
-                    sock.sendall(frame(b"{}"))
                     count += 1
+                    sock.sendall(frame(b"{}"))
             except OSError:
                 pass  # refused, or closed already
         return count
