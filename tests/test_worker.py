@@ -129,6 +129,23 @@ def test_a_coroutine_knows_its_own_call_and_leaves_nothing_running(bench: Bench)
     assert len(left) == 2 and all(other.cancelled() for other in left)
 
 
+def test_progress_that_comes_late_is_not_another_calls(bench: Bench) -> None:
+    contexts, seen = [], []
+
+    @task
+    def first() -> None:
+        contexts.append(context())
+
+    @task
+    def second() -> None:
+        context().progress(1, 2, "mine")
+        contexts[0].progress(3, 4, "late")
+        seen.append(bench.scoreboard.read(0)[2:])
+
+    bench.run(bench.worker(first, second), [bench.job("first"), bench.job("second")])
+    assert seen == [(1.0, 2.0, "mine")]
+
+
 def test_a_coroutine_that_exits_does_not_end_the_worker(bench: Bench) -> None:
     @task
     async def leave() -> None:

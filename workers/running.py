@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from workers.scoreboard import SlotWriter
 
 
+class _Ended:
+    """In place of the slot, which has gone on to another call: a thread of the task may not know."""
+
+    def progress(self, done: float, total: float = 0.0, note: str = "") -> None: ...
+
+
+_ended = _Ended()
+
+
 class Context(msgspec.Struct, eq=False, gc=False):
     """The call that a task runs now.
 
@@ -23,7 +32,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     """
 
     _job: Job
-    _slot: SlotWriter
+    _slot: SlotWriter | _Ended
     _policy: Policy
     cancelled: bool = False
     _input: StreamFile | None = None
@@ -79,7 +88,8 @@ def _open_stream(job: Job, policy: Policy) -> StreamFile:
 
 
 def leave(context: Context) -> None:
-    """The call has ended: what was opened for it is closed."""
+    """The call has ended: what was opened for it is closed, and what it has left running is not heard."""
+    context._slot = _ended
     if context._input is not None:
         context._input.close()
 
