@@ -100,7 +100,11 @@ async def reachable(url: str) -> bool:
     """Whether somebody listens at `url`. What else may be wrong is for those to find who send to it."""
     path = urls.unix_path(url)
     if path is not None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+        try:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError:  # out of descriptors, so that nothing could be sent either
+            return False
+        with sock:
             try:
                 sock.connect(path)
             except (FileNotFoundError, ConnectionRefusedError):

@@ -693,7 +693,10 @@ def _connected(url: str, guard: Guard | None) -> socket.socket:
     """A non-blocking socket. A unix socket connects at once or not at all."""
     path = urls.unix_path(url)
     assert path is not None
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:  # out of descriptors
+        raise _unreachable(url, error.strerror) from None
     try:
         try:
             if guard is None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from peers import WAIT, GrantingPeer, ack
-from serving import Fifo, Served, kill
+from serving import Fifo, Served, kill, no_descriptors
 
 import acomm
 from acomm import errors
@@ -173,6 +173,14 @@ class TestInVain:
                 with pytest.raises(errors.Unreachable, match=r"No such file or directory \(for 0.2 s\)"):
                     call.result(WAIT)
             assert time.monotonic() - before >= 0.2
+
+    def test_without_descriptors(self, tmp_path: Path) -> None:
+        with acomm.connect(f"unix://{tmp_path}/s.sock", wait=0.5) as client:
+            call = client.submit("add", 1)
+            with pytest.raises(TimeoutError):
+                call.result(0.1)  # it waits, and its supervisor is looked for
+            with no_descriptors(), pytest.raises(errors.Unreachable):
+                call.result(WAIT)
 
     def test_no_wait_at_all(self, tmp_path: Path) -> None:
         with acomm.connect(f"unix://{tmp_path}/s.sock", wait=0) as client:

@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 from aiohttp import web
+from serving import no_descriptors
 
 from acomm.errors import BadRequest, Busy, ConfigError, ConnectionLost, Forbidden, TooLarge
 from acomm.streams import StreamFile, StreamProxy, UnixStreams, decline, open_stream, stream
@@ -923,6 +924,15 @@ async def test_what_is_no_stream_url_is_refused(url: str) -> None:
         open_stream(url)
     with pytest.raises(BadRequest):
         StreamFile(url)
+
+
+async def test_a_reader_without_descriptors(folder: Path) -> None:
+    url = f"unix://{folder}/s.sock"
+    with no_descriptors():
+        for reader in (fetch(url), asyncio.to_thread(StreamFile, url)):
+            with pytest.raises(ConnectionLost, match="Too many open files"):
+                await reader
+        decline(url)
 
 
 @pytest.mark.parametrize("read", OUR_READERS)
