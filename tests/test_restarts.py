@@ -20,15 +20,25 @@ def test_pauses_have_a_ceiling() -> None:
     assert budget.pause(0.0) == 1.0
 
 
-def test_exhausted_until_the_deaths_are_a_period_ago() -> None:
+def test_exhausted_until_the_last_death_is_a_period_ago() -> None:
     budget = RestartBudget(3, 10.0)
     for now in (0.0, 1.0, 2.0, 3.0):
         assert not budget.exhausted(now)
         budget.note(now)
     assert budget.exhausted(3.0) and budget.pause(3.0) == 10.0
-    assert budget.exhausted(9.9)
-    assert not budget.exhausted(10.0)
-    assert budget.pause(12.5) == 0.0
+    assert budget.exhausted(12.9)
+    assert not budget.exhausted(13.0)
+    assert budget.pause(13.0) == 0.0
+
+
+def test_workers_that_take_long_to_die_are_a_loop_too() -> None:
+    budget = RestartBudget(10, 10.0)
+    now = 0.0
+    for _ in range(11):
+        assert not budget.exhausted(now)
+        now += budget.pause(now) + 5.0  # loading large modules, say
+        budget.note(now)
+    assert budget.exhausted(now)
 
 
 def test_deaths_far_apart_never_count_together() -> None:
