@@ -487,12 +487,12 @@ class _Pipeline(FrameProtocol):
         super().__init__(DEFAULT_MAX_FRAME)
         self._channel = channel
         self._waiting: deque[Outgoing] = deque()
-        self._first: asyncio.Future[tuple[bool, AcommError | None]] | None = None
+        # From the beginning: a peer that turns us away may do so before anything was written.
+        self._first: asyncio.Future[tuple[bool, AcommError | None]] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
 
     def first(self, message: Outgoing) -> asyncio.Future[tuple[bool, AcommError | None]]:
         """Send the first message; the future tells whether the peer grants, and the ack's error."""
-        self._first = self._loop.create_future()
         self.write_message(message.payload)
         return self._first
 
@@ -527,7 +527,7 @@ class _Pipeline(FrameProtocol):
                 outgoing.delivered(error)
             except Exception:
                 log.exception("what waited for an acknowledgement failed")
-        elif self._first is not None and not self._first.done():
+        elif not self._first.done():
             granted, error = _ack_error(message)
             if granted:
                 self._channel.adopt(self)
@@ -559,7 +559,7 @@ class _Pipeline(FrameProtocol):
         super().connection_lost(exc)
         if self._timer is not None:
             self._timer.cancel()
-        if self._first is not None and not self._first.done():
+        if not self._first.done():
             self._first.set_exception(NoAcknowledgement("the peer closed the connection without an ack"))
             self._first.exception()  # whoever waited may have given up; it is not lost on anyone
         self._channel.broken(self, self.take())

@@ -19,7 +19,7 @@ from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, frame, read_all, read_f
 
 from acomm import Request, Response, channel, send, send_sync
 from acomm.channel import Channels, Outgoing
-from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost, UnknownTask, Unreachable
+from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost, Forbidden, UnknownTask, Unreachable
 
 BOTH_LOOPS = True
 
@@ -294,6 +294,29 @@ async def test_a_refusal_raises_its_class(tmp_path: Path, kind: type[GoPeer]) ->
                     with pytest.raises(Busy, match="full") as caught:
                         await out.send(peer.url, Request(task))
                     assert caught.value.retry_after == 1.5
+
+
+async def test_a_refusal_that_comes_before_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that turns strangers away does so when they connect, and closes."""
+
+    def turn_away(conn: socket.socket) -> None:
+        conn.sendall(frame(Response("", error=Forbidden("not you")).encode(2)))
+
+    connect = channel._connect
+
+    async def connect_late(*args: Any) -> Any:
+        connection = await connect(*args)
+        async with asyncio.timeout(WAIT):
+            while not connection.closed:
+                await asyncio.sleep(0.001)
+        return connection
+
+    monkeypatch.setattr(channel, "_connect", connect_late)
+    async with Peer(tmp_path / "s.sock", turn_away) as peer:
+        with pytest.raises(AcommError, match=r"^not you$"):
+            await send(peer.url, Request("x"))
 
 
 async def test_a_go_refusal_has_a_text_alone(tmp_path: Path) -> None:
