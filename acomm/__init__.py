@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from acomm.client import Client, connect, default_client
     from acomm.itemstream import Stream
     from acomm.multi import MultiRequest, gather
-    from acomm.streams import open_stream, stream
+    from acomm.streamreaders import open_stream, stream
 
 # Loaded when they are first used: many programs, workers among them, need none of these.
 _homes = {
@@ -52,8 +52,8 @@ _homes = {
     "connect": "acomm.client",
     "default_client": "acomm.client",
     "gather": "acomm.multi",
-    "open_stream": "acomm.streams",
-    "stream": "acomm.streams",
+    "open_stream": "acomm.streamreaders",
+    "stream": "acomm.streamreaders",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from acomm import jsontext
 from acomm.errors import printable
 from acomm.itemstream import Stream
 from acomm.messages import Response
-from acomm.streams import decline
+from acomm.streamreaders import decline
 
 log = logging.getLogger("acomm.client")
 

@@ -30,10 +30,12 @@ from acomm.channel import Outgoing
 from acomm.errors import AcommError, BadRequest, ConnectionLost, ShuttingDown, UnknownTask, Unreachable
 from acomm.messages import RESERVED, Request, Response
 from acomm.socketpath import default_socket
-from acomm.streams import Source, UnixStreams, decline
+from acomm.streamreaders import decline
+from acomm.streamsources import Source
 from acomm.submitting import Options, Submitter
 from acomm.tokens import find_token
 from acomm.tracker import Answer, Tracker
+from acomm.unixstreams import UnixStreams
 from acomm.urls import check, unix_path, unix_url
 from acomm.watch import ProgressWatch
 

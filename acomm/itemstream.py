@@ -11,7 +11,7 @@ from typing import Any
 
 from acomm import jsontext, urls
 from acomm.errors import ConnectionLost, TooLarge, printable
-from acomm.streams import SILENCE, StreamFile, decline, open_stream
+from acomm.streamreaders import SILENCE, StreamFile, decline, open_stream
 
 MAX_ITEM = 64 * 1024 * 1024
 """Bytes of one item; what a message may have by default, too."""

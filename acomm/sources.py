@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterable, AsyncIterator, Coroutine
 from typing import Any
 
-from acomm.streams import Chunk, Chunks, Source, check_source, chunks_of
+from acomm.streamsources import Chunk, Chunks, Source, check_source, chunks_of
 
 
 class SentStream:

@@ -10,7 +10,7 @@ from acomm.calls import Call, Decode
 from acomm.jsontext import encode
 from acomm.messages import Handler, Handlers
 from acomm.sources import SentStream
-from acomm.streams import Source
+from acomm.streamsources import Source
 
 
 @runtime_checkable

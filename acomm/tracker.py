@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from acomm.egress import Origin, Policy
-    from acomm.streams import Source, StreamProxy, UnixStreams
+    from acomm.streamproxy import StreamProxy
+    from acomm.streamsources import Source
+    from acomm.unixstreams import UnixStreams
 
 log = logging.getLogger("acomm.tracker")
 
@@ -431,7 +433,7 @@ class Tracker:
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
         if self._streams is None:
-            from acomm.streams import UnixStreams  # most trackers have none
+            from acomm.unixstreams import UnixStreams  # most trackers have none
 
             self._streams = UnixStreams()
         return self._streams.new_stream_unix(source, expiry=expiry)
@@ -443,7 +445,7 @@ class Tracker:
             if self.http_stream_url is None:
                 raise ConfigError("no stream can be read over HTTP here: the tracker has no http_stream_url")
             from acomm.egress import PROGRAM, Guard
-            from acomm.streams import StreamProxy
+            from acomm.streamproxy import StreamProxy
 
             policy = self.channels.policy
             guard = None if policy is None else Guard(policy, PROGRAM)
@@ -498,7 +500,7 @@ class Tracker:
 
     def _with_unix_stream(self, request: Request, origin: Origin | None, expiry: float) -> Request:
         from acomm.egress import Guard
-        from acomm.streams import open_stream
+        from acomm.streamreaders import open_stream
 
         assert request.stream_url is not None
         policy = self.channels.policy

@@ -329,7 +329,7 @@ class TestSentStreams:
         assert next(items) == "ONE"
         assert sent.wait(WAIT)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("acomm.streams.log.warning", lambda *args: None)
+            patch.setattr("acomm.unixstreams.log.warning", lambda *args: None)
             client.close()
         with pytest.raises(errors.ConnectionLost):
             list(items)

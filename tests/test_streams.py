@@ -815,7 +815,7 @@ async def test_a_process_out_of_descriptors_serves_its_consumer_later(
         def __getattr__(self, name: str) -> Any:
             return getattr(self.sock, name)
 
-    monkeypatch.setattr("acomm.streams.ACCEPT_PAUSE", 0.001)
+    monkeypatch.setattr("acomm.unixstreams.ACCEPT_PAUSE", 0.001)
     url = await streams.new_stream_unix(b"x")
     (waiting,) = streams._streams
     waiting._bound.socket = Full(waiting._bound.socket)  # type: ignore[assignment]

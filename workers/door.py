@@ -27,7 +27,8 @@ from aiohttp import web
 from acomm import jsontext
 from acomm.egress import Origin
 from acomm.messages import Request, Response, ok_ack, salvage
-from acomm.streams import decline, open_stream, pass_on
+from acomm.streamproxy import pass_on
+from acomm.streamreaders import decline, open_stream
 from acomm.tracker import Tracker
 from workers import httpreplies as replies
 from workers.config import Config

@@ -30,7 +30,7 @@ from workers.taskview import TaskView
 if TYPE_CHECKING:
     from acomm.calls import Call
     from acomm.messages import Handler
-    from acomm.streams import Source
+    from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
 P = ParamSpec("P")

@@ -11,7 +11,7 @@ from workers.calls import Job
 
 if TYPE_CHECKING:
     from acomm.egress import Policy
-    from acomm.streams import StreamFile
+    from acomm.streamreaders import StreamFile
     from workers.scoreboard import SlotWriter
 
 
@@ -80,7 +80,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
 def _open_stream(job: Job, policy: Policy) -> StreamFile:
     """Judged once more, by who has sent the request: what its URL leads to may have changed meanwhile."""
     from acomm.egress import Guard
-    from acomm.streams import StreamFile  # most tasks read none
+    from acomm.streamreaders import StreamFile  # most tasks read none
 
     if job.stream is None:
         raise LookupError("the request brought no stream: its sender must set a stream URL")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 if TYPE_CHECKING:
     from acomm.calls import Call
     from acomm.messages import Handler
-    from acomm.streams import Source
+    from acomm.streamsources import Source
     from acomm.submitting import Options, Submitter
 
 P = ParamSpec("P")
