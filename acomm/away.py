@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from acomm import urls
-from acomm.errors import AcommError
+from acomm.errors import AcommError, ShuttingDown
 
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.25
@@ -30,16 +30,24 @@ T = TypeVar("T", bound=Waiting)
 class Away(Generic[T]):
     """Holds what nobody at `url` has taken, and looks now and then whether somebody is there; then
     `send(item)` is called for each, in order. `give_up(item, error)` is called for one that has
-    waited `wait` seconds in all. It belongs to one event loop.
+    waited `wait` seconds in all. `connected()` tells whether a connection to `url` is open: as long as that
+    is to a supervisor that is stopping, it is not asked again, since what is under way when it ends may or
+    may not have been taken. It belongs to one event loop.
     """
 
     def __init__(
-        self, url: str, wait: float, send: Callable[[T], None], give_up: Callable[[T, AcommError], None]
+        self,
+        url: str,
+        wait: float,
+        send: Callable[[T], None],
+        give_up: Callable[[T, AcommError], None],
+        connected: Callable[[], bool],
     ) -> None:
         self._url = url
         self._wait = wait
         self._send = send
         self._give_up = give_up
+        self._connected = connected
         self._items: deque[tuple[T, AcommError]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._pause = _FIRST_PAUSE
@@ -87,7 +95,8 @@ class Away(Generic[T]):
             await asyncio.sleep(max(0.0, min(self._pause, first - loop.time())))
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._looked = loop.time()
-            there = await reachable(self._url)
+            stopping = isinstance(self._items[-1][1], ShuttingDown) and self._connected()
+            there = not stopping and await reachable(self._url)
             items, self._items = self._items, deque()
             for item, error in items:
                 if there:

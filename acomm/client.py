@@ -241,7 +241,13 @@ class Client(Submitter):
         if self._token is not None:
             self._tracker.channels.headers[self.url] = {"Authorization": f"Bearer {self._token}"}
         self._streams = UnixStreams()
-        self._away: Away[_Pending] = Away(self.url, self._wait, self._send, _Pending.give_up)
+        self._away: Away[_Pending] = Away(
+            self.url,
+            self._wait,
+            self._send,
+            _Pending.give_up,
+            lambda: self._tracker.channels.connected(self.url, None),
+        )
         self._watch = ProgressWatch(self._ask)
         await self._tracker.start()
         self._ready.set_result(None)
