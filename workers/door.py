@@ -54,6 +54,8 @@ READ_TIMEOUT = 30.0
 
 MAX_CONNECTIONS = 1024
 
+_AT_ONCE = 0.01  # seconds; aiohttp takes none for no limit
+
 UNREAD_BUDGET = 4
 """Of the largest bodies, how many may be on their way in at a time, and as many of senders without the token,
 who then only get into each other's way. Small ones that come in one piece do not count.
@@ -165,7 +167,7 @@ class Door:
             self._listening = None
         if self._server is not None:
             self._server.pre_shutdown()
-            await self._server.shutdown(timeout)
+            await self._server.shutdown(max(timeout, _AT_ONCE))
 
     def _protocol(self) -> asyncio.Protocol:
         assert self._server is not None

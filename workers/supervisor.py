@@ -246,7 +246,7 @@ class Supervisor:
             await self.provider.stop()
         await self.listener.stop(0)
         if self.door is not None:
-            await self.door.close(LAST_POSTS)
+            await self.door.close(LAST_POSTS if drain_timeout else 0.0)
         await self.tracker.stop(0)
         try:
             await self._stop_workers()
