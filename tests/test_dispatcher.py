@@ -1,6 +1,6 @@
 """The dispatcher as a state machine: no process, no socket, no clock."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import pytest
@@ -63,7 +63,7 @@ def done(dispatcher: Dispatcher, worker: int, item: Call, seconds: float = 1e-5,
 
 def empty(dispatcher: Dispatcher) -> bool:
     """No table holds anything of any call."""
-    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order)
+    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes)
     timers = (dispatcher._deadlines, dispatcher._limits, dispatcher._backoff)
     counters = (dispatcher.queued, dispatcher.assigned, dispatcher._stale, len(dispatcher))
     return not any(tables) and not any(map(len, timers)) and not any(counters)
@@ -239,6 +239,101 @@ def test_a_cancelled_call_that_is_returned_stays_cancelled() -> None:
     assert isinstance(dispatcher.cancel(calls[1].number, 0.0, IDLE), Outcome)
     assert dispatcher.answered(1, Answer(calls[1].number, 0.0, None, Failure(RETURNED, "")), 0.0) is None
     done(dispatcher, 1, calls[0])
+    assert empty(dispatcher)
+
+
+# -- concurrency
+
+
+def test_a_task_at_its_limit_is_in_nobodys_way() -> None:
+    dispatcher = taught(4, tiny=1.0, only=1.0)
+    limited = [call("only", concurrency=2) for _ in range(5)]
+    others = [call() for _ in range(2)]
+    for item in (*limited, *others):
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [limited[0]], 2: [limited[1]], 3: [others[0]], 4: [others[1]]}
+    done(dispatcher, 4, others[1], 1.0)
+    assert assigned(dispatcher) == {}
+    done(dispatcher, 1, limited[0], 1.0)
+    assert assigned(dispatcher) == {1: [limited[2]]}
+    assert dispatcher.queued == 2
+
+
+def test_limited_calls_take_turns_with_others_by_priority_and_age() -> None:
+    dispatcher = taught(1, tiny=1.0, only=1.0, once=1.0)
+    order = [
+        call("only", concurrency=1),
+        call(),
+        call("once", concurrency=1),
+        call("only", concurrency=1),
+        call(priority=1),
+        call("only", concurrency=1, priority=1),
+    ]
+    for item in order:
+        dispatcher.submit(item)
+    for expected in (order[4], order[5], *order[:4]):
+        assert assigned(dispatcher) == {1: [expected]}
+        done(dispatcher, 1, expected, 1.0)
+    assert empty(dispatcher)
+
+
+def test_limited_calls_that_are_put_back_keep_their_turn() -> None:
+    dispatcher = taught(1, tiny=TINY, only=TINY)
+    items = [call(task, concurrency=3 if task == "only" else None) for task in ["only", "tiny"] * 3]
+    for item in items:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: items}
+    later = [call("only", concurrency=3), call()]
+    for item in later:
+        dispatcher.submit(item)
+    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_ready(2, 0.0)
+    assert assigned(dispatcher) == {2: [*items, later[1]]}
+    done(dispatcher, 2, items[0])
+    assert assigned(dispatcher) == {2: [later[0]]}
+
+
+@pytest.mark.parametrize("how", ["cancelled", "retried", "lost", "returned", "given up"])
+def test_a_place_is_free_again_however_a_call_leaves_it(how: str) -> None:
+    dispatcher = taught(1, tiny=TINY, only=TINY)
+    ahead, first, second = call(), call("only", concurrency=1, retries=1), call("only", concurrency=1)
+    for item in (ahead, first, second):
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [ahead, first]}
+    if how == "cancelled":
+        assert isinstance(dispatcher.cancel(first.number, 0.0, Running(first.number, 0.0)), Doom)
+        assert assigned(dispatcher) == {}  # it runs until its worker is dead
+        dispatcher.worker_lost(1, first.number, lost)
+    elif how == "retried":
+        first.backoff = lambda failed: 1.0
+        dispatcher.answered(1, Answer(first.number, TINY, None, RAISED), 0.0)
+    elif how == "lost":
+        dispatcher.worker_lost(1, first.number, lost)
+    elif how == "returned":
+        dispatcher.answered(1, Answer(first.number, 0.0, None, Failure(RETURNED, "")), 0.0)
+        dispatcher.worker_ready(2, 0.0)
+        assert assigned(dispatcher) == {2: [first]}
+        done(dispatcher, 2, first)
+    else:
+        number = first.number
+        assert isinstance(dispatcher.cancel(number, 0.0, IDLE), Outcome)
+        assert assigned(dispatcher) == {}  # it may start yet
+        assert dispatcher.answered(1, Answer(number, TINY, b"1"), 0.0) is None
+    dispatcher.worker_ready(3, 0.0)
+    assert second in [item for batch in assigned(dispatcher).values() for item in batch]
+
+
+def test_waiting_limited_calls_can_be_cancelled_and_abandoned() -> None:
+    dispatcher = taught(1, only=1.0)
+    items = [call("only", concurrency=1, priority=number % 3) for number in range(9)]
+    for item in items:
+        dispatcher.submit(item)
+    (running,) = assigned(dispatcher)[1]
+    waiting = [item for item in items if item is not running]
+    assert isinstance(dispatcher.cancel(waiting[3].number, 0.0, IDLE), Outcome)
+    outcomes = dispatcher.abandon(ShuttingDown("bye"))
+    assert {outcome.call for outcome in outcomes} == set(waiting) - {waiting[3]}
+    done(dispatcher, 1, running)
     assert empty(dispatcher)
 
 
@@ -591,6 +686,7 @@ class Child:
 
 
 COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
+LIMITS = {"short": 1, "tiny": 3}
 ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)}
 
 
@@ -602,6 +698,7 @@ class Machine(RuleBasedStateMachine):
         self.children: dict[int, Child] = {}
         self.count = 0
         self.calls: list[Call] = []
+        self.limited = False
         self.ended: dict[Call, Outcome] = {}
         self.said: list[tuple[int, Answer]] = []
         self.streamed: set[Call] = set()
@@ -629,8 +726,9 @@ class Machine(RuleBasedStateMachine):
 
     # rules
 
-    @initialize(workers=st.integers(0, 3))
-    def start(self, workers: int) -> None:
+    @initialize(workers=st.integers(0, 3), limited=st.booleans())
+    def start(self, workers: int, limited: bool) -> None:
+        self.limited = limited
         for _ in range(workers):
             self.ready()
 
@@ -665,6 +763,7 @@ class Machine(RuleBasedStateMachine):
                 retries=retries,
                 crashes=crashes,
                 backoff=None if backoff is None else lambda failed: backoff,
+                concurrency=LIMITS.get(task) if self.limited else None,
             )
             self.calls.append(new)
             assert self.dispatcher.submit(new) == new.number
@@ -808,10 +907,22 @@ class Machine(RuleBasedStateMachine):
         assert dispatcher.assigned == len(held) == len(dispatcher._holder)
         waiting = [item for queue in dispatcher._queues.values() for item in queue]
         live = [item for item in waiting if not item.settled]
+        stale = len(waiting) - len(live)
+        live += dispatcher._lanes.waiting()
         assert dispatcher.queued == len(live) + len(dispatcher._backoff)
-        assert dispatcher._stale == len(waiting) - len(live)
+        assert dispatcher._stale == stale
         assert len(dispatcher) == len(self.calls) - len(self.ended)
         assert len({id(item) for item in (*held, *live)}) == len(held) + len(live)
+
+    @invariant()
+    def limits_hold(self) -> None:
+        held = Counter(
+            item.task for worker in self.dispatcher._workers.values() for item in worker.calls.values()
+        )
+        waiting = {item.task for item in self.dispatcher._lanes.waiting()}
+        for task, limit in LIMITS.items() if self.limited else ():
+            assert held[task] <= limit
+            assert (task in self.dispatcher._lanes.open) == (task in waiting and held[task] < limit)
 
     @invariant()
     def a_stream_stays_where_it_is(self) -> None:

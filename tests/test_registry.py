@@ -79,7 +79,7 @@ def _plain(a: int) -> int:
     return a
 
 
-renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1))(_plain)
+renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4)(_plain)
 
 
 def refusal(item: Task[..., Any], raw: bytes) -> str:
@@ -115,6 +115,7 @@ def test_options_and_coroutines():
         Retry(2),
     )
     assert charge.is_coroutine
+    assert task(concurrency=2)(_plain).concurrency == 2 and charge.concurrency is None
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,9 @@ def test_options_and_coroutines():
         {"timeout": True},
         {"priority": 1.5},
         {"priority": True},
+        {"concurrency": 0},
+        {"concurrency": True},
+        {"concurrency": 1.5},
         {"retry": 3},
         {"name": ""},
         {"name": "a/b"},
@@ -175,6 +179,7 @@ def test_a_task_under_another_name_than_its_function_is_rebuilt():
     again = pickle.loads(pickle.dumps(renamed))
     assert again.function is _plain
     assert (again.name, again.timeout, again.priority, again.retry) == ("renamed", 3, 2, Retry(1))
+    assert again.concurrency == 4
 
 
 # Retry
@@ -655,6 +660,7 @@ def test_schema():
         "stream": None,
         "timeout": None,
         "priority": 0,
+        "concurrency": None,
     }
 
 

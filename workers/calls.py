@@ -81,8 +81,10 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
     submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
-    and `origin` are for the Job. `streaming` is the URL of the call's own stream once it has one; `abandoned`
-    is set when that has lost its consumer.
+    and `origin` are for the Job. Workers hold at most `concurrency` calls of its task at a time (None:
+    any number). `rank` is what it is queued by instead of its number, once it was put back in front.
+    `streaming` is the URL of the call's own stream once it has one; `abandoned` is set when that has lost its
+    consumer.
     """
 
     task: str
@@ -97,7 +99,9 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     backoff: Any = None  # attempt -> seconds
     stream_url: str | None = None
     origin: Origin | None = None
+    concurrency: int | None = None
     number: int = 0
+    rank: int = 0
     failed: int = 0
     crashed: int = 0
     cost: float = 0.0

@@ -12,6 +12,9 @@ A worker holds as many calls as it can run in about WINDOW seconds, by what thei
 long call, or hundreds of tiny ones that then travel in one message. A call of unknown cost waits for a
 worker that holds nothing, and nothing waits behind it; so does each that streams, as its consumer decides
 how long it takes.
+
+Of a task with a concurrency limit workers hold so many calls at most; the others wait in a lane, and no
+other task's calls wait for them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import NamedTuple
 from acomm.deadlines import Deadlines
 from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
+from workers.lanes import Lanes, turn
 
 WINDOW = 0.002
 """Seconds of predicted work that a worker may hold: longer than a round trip to the supervisor, so that a
@@ -90,6 +94,7 @@ class Dispatcher:
         self._workers: dict[int, _Worker] = {}
         self._queues: dict[int, deque[Call]] = {}
         self._order: list[int] = []
+        self._lanes = Lanes()
         self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -137,6 +142,8 @@ class Dispatcher:
         outcome = self._settle(call, None, error)
         if number in self._backoff:
             self._backoff.discard(number)
+        elif call.concurrency is not None:
+            self._lanes.remove(call)
         else:
             self._stale += 1
             if self._stale > self.queued:
@@ -146,6 +153,8 @@ class Dispatcher:
     def abandon(self, error: AcommError) -> list[Outcome]:
         """Give up all that is queued: there will be no worker for it."""
         waiting = [call for number, call in self._calls.items() if number not in self._holder]
+        for call in self._lanes.waiting():
+            self._lanes.remove(call)
         for call in waiting:
             self._backoff.discard(call.number)
         outcomes = [self._settle(call, None, error) for call in waiting]
@@ -195,6 +204,8 @@ class Dispatcher:
             self.assigned -= 1
             del self._holder[number]
             self._limits.discard(number)
+            if call.concurrency is not None:
+                self._lanes.release(call)
             if call.settled:
                 continue
             doom = worker.doomed.get(number)
@@ -241,6 +252,8 @@ class Dispatcher:
         del self._holder[number]
         if call.timeout is not None or call.settled or call.abandoned:
             self._limits.discard(number)
+        if call.concurrency is not None:
+            self._lanes.release(call)
         if answer.failure is not None and answer.failure.code == RETURNED:
             # It was behind one that lasts, and so would be whatever else its worker got.
             worker.load = self.window if worker.calls else 0.0
@@ -389,32 +402,44 @@ class Dispatcher:
         self._calls.pop(call.number, None)
         self._deadlines.discard(call.number)
         self._number(call)
+        call.rank = 0
         if call.deadline is not None:
             self._deadlines.set(call.number, call.deadline)
 
     def _enqueue(self, call: Call, *, front: bool = False) -> None:
+        self.queued += 1
+        if front:
+            call.rank = -call.number  # the last one that comes in front is the foremost
+        if call.concurrency is not None:
+            self._lanes.add(call, front=front)
+            return
         queue = self._queues.get(call.priority)
         if queue is None:
             queue = self._queues[call.priority] = deque()
             self._order = sorted(self._queues, reverse=True)
         queue.appendleft(call) if front else queue.append(call)
-        self.queued += 1
 
     def _front(self) -> Call | None:
         """The call that is next; given-up ones are dropped on the way, and queues that end."""
         while self._order:
             queue = self._queues[self._order[0]]
             while queue:
-                if not queue[0].settled:
-                    return queue[0]
+                call = queue[0]
+                if not call.settled:
+                    if self._lanes.open:
+                        return min(call, self._lanes.first(), key=turn)
+                    return call
                 queue.popleft()
                 self._stale -= 1
             del self._queues[self._order.pop(0)]
-        return None
+        return self._lanes.first() if self._lanes.open else None
 
     def _take_front(self, call: Call) -> None:
-        self._queues[call.priority].popleft()
         self.queued -= 1
+        if call.concurrency is None:
+            self._queues[call.priority].popleft()
+        else:
+            self._lanes.take(call)
 
     def _sweep(self) -> None:
         """Drop the settled calls from the queues: a queue that nobody takes from must not keep them."""

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
+_OPTIONS = ("name", "timeout", "priority", "retry", "concurrency")
+"""What `@task` takes, and a Task keeps as attributes."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -93,6 +96,7 @@ class Task(Generic[P, R]):
         timeout: float | None = None,
         priority: int = 0,
         retry: Retry | None = None,
+        concurrency: int | None = None,
     ) -> None:
         _check_function(function)
         # First, as it copies the function's own attributes, which must not replace ours.
@@ -105,9 +109,14 @@ class Task(Generic[P, R]):
             raise ValueError(f"task {self.name}: priority must be a whole number, not {priority!r}")
         if retry is not None and not isinstance(retry, Retry):
             raise ValueError(f"task {self.name}: retry must be a Retry, not {retry!r}")
+        if concurrency is not None and (not _is_int(concurrency) or concurrency < 1):
+            raise ValueError(
+                f"task {self.name}: concurrency must be a whole number, 1 or more, not {concurrency!r}"
+            )
         self.timeout = timeout
         self.priority = priority
         self.retry = retry
+        self.concurrency = concurrency
         self.is_coroutine = inspect.iscoroutinefunction(function)
         self.streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
         self.module: str = getattr(function, "__module__", None) or "?"
@@ -161,7 +170,7 @@ class Task(Generic[P, R]):
             found = getattr(found, part, None)
         if found is self:
             return str(self.__qualname__)
-        return _rebuild, (self.function, self.name, self.timeout, self.priority, self.retry)
+        return _rebuild, (self.function, {option: getattr(self, option) for option in _OPTIONS})
 
     @functools.cached_property
     def parameters(self) -> Parameters:
@@ -234,6 +243,7 @@ class Task(Generic[P, R]):
             "stream": self.parameters.stream_schema() if self.streams else None,
             "timeout": self.timeout,
             "priority": self.priority,
+            "concurrency": self.concurrency,
         }
 
 
@@ -248,6 +258,7 @@ def task(
     timeout: float | None = None,
     priority: int = 0,
     retry: Retry | None = None,
+    concurrency: int | None = None,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -256,9 +267,9 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
 
     `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
     worker starts it; of waiting calls those of higher `priority` run first; `retry` says when to try
-    again. A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
-    are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a
-    task.
+    again; at most `concurrency` of its calls run at a time. A generator function, plain or asynchronous,
+    streams what it yields to its caller: bytes as they are, anything else as a line of JSON. Raises
+    ValueError for a bad value, TypeError for what cannot be a task.
     """
     if function is None:
         return functools.partial(_decorate, options)
@@ -441,7 +452,5 @@ def _is_seconds(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _rebuild(
-    function: Callable[..., Any], name: str, timeout: float | None, priority: int, retry: Retry | None
-) -> Task[..., Any]:
-    return Task(function, name=name, timeout=timeout, priority=priority, retry=retry)
+def _rebuild(function: Callable[..., Any], options: dict[str, Any]) -> Task[..., Any]:
+    return Task(function, **options)

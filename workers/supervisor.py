@@ -634,6 +634,7 @@ def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
         tag=request,
         priority=request.priority or task.priority,
         timeout=task.timeout,
+        concurrency=task.concurrency,
         deadline=None if request.timeout is None else time.monotonic() + request.timeout,
         retries=retry.times if retry else 0,
         crashes=retry.crashes if retry else 0,
