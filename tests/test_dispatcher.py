@@ -337,6 +337,38 @@ def test_waiting_limited_calls_can_be_cancelled_and_abandoned() -> None:
     assert empty(dispatcher)
 
 
+# -- workers that run so many calls and no more
+
+
+def test_a_worker_gets_what_it_may_run_and_is_then_spent() -> None:
+    dispatcher = Dispatcher(max_tasks=3)
+    dispatcher._predicted["tiny"] = TINY
+    dispatcher.worker_ready(1, 0.0)
+    calls = [call() for _ in range(5)]
+    for item in calls:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: calls[:3]}
+    done(dispatcher, 1, calls[0])
+    assert dispatcher.answered(1, Answer(calls[2].number, 0.0, None, Failure(RETURNED, "")), 0.0) is None
+    done(dispatcher, 1, calls[1])
+    assert assigned(dispatcher) == {1: [calls[2]]} and dispatcher.spent == []  # it had not begun that one
+    done(dispatcher, 1, calls[2])
+    assert dispatcher.spent == [1] and assigned(dispatcher) == {}
+    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_ready(2, 0.0)
+    assert assigned(dispatcher) == {2: calls[3:]}
+
+
+def test_a_worker_that_is_killed_anyway_is_not_spent() -> None:
+    dispatcher = Dispatcher(max_tasks=1)
+    dispatcher.worker_ready(1, 0.0)
+    dispatcher.submit(item := call())
+    assigned(dispatcher)
+    assert isinstance(dispatcher.cancel(item.number, 0.0, Running(item.number, 0.0)), Doom)
+    dispatcher.answered(1, Answer(item.number, 0.0, b"1"), 0.0)
+    assert dispatcher.spent == []
+
+
 # -- ends
 
 
@@ -683,6 +715,7 @@ class Child:
         self.running = IDLE
         self.answers: deque[Answer] = deque()
         self.doomed = False
+        self.given = 0
 
 
 COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
@@ -726,9 +759,12 @@ class Machine(RuleBasedStateMachine):
 
     # rules
 
-    @initialize(workers=st.integers(0, 3), limited=st.booleans())
-    def start(self, workers: int, limited: bool) -> None:
+    @initialize(
+        workers=st.integers(0, 3), limited=st.booleans(), max_tasks=st.sampled_from([None, None, 1, 5])
+    )
+    def start(self, workers: int, limited: bool, max_tasks: int | None) -> None:
         self.limited = limited
+        self.dispatcher.max_tasks = max_tasks
         for _ in range(workers):
             self.ready()
 
@@ -785,6 +821,8 @@ class Machine(RuleBasedStateMachine):
                 assert item.job().attempt == item.failed + item.crashed + 1
                 assert all(item.number not in other.waiting for other in self.children.values())
                 child.waiting.append(item.number)
+                child.given += 1
+            assert child.given <= (self.dispatcher.max_tasks or child.given)
             held = self.dispatcher._workers[worker].calls.values()
             assert len(held) <= 6
             assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
@@ -823,6 +861,11 @@ class Machine(RuleBasedStateMachine):
             self.said.append((worker, answer))
             outcome = self.dispatcher.answered(worker, answer, self.now)
             self.take([outcome] if outcome else [])
+        for spent in self.dispatcher.spent:
+            assert not self.dispatcher.load(spent) and self.children[spent].given == self.dispatcher.max_tasks
+            assert not self.children[spent].waiting
+            self.children[spent].doomed = True  # the pool has it replaced
+        self.dispatcher.spent.clear()
 
     @rule(pick=st.integers(0, 3))
     def arrive(self, pick: int) -> None:
@@ -844,6 +887,7 @@ class Machine(RuleBasedStateMachine):
         if worker is not None:
             child = self.children[worker]
             while child.waiting:
+                child.given -= 1
                 child.answers.append(Answer(child.waiting.pop(), 0.0, None, Failure(RETURNED, "")))
 
     @rule(pick=st.integers(0, 3), seen=st.booleans(), nonsense=st.sampled_from([None, None, 0, 10**9]))
@@ -941,6 +985,8 @@ class Machine(RuleBasedStateMachine):
         for _ in range(20 * (len(self.calls) + 1)):
             if empty(self.dispatcher):
                 break
+            if all(worker.retiring for worker in self.dispatcher._workers.values()):
+                self.ready()
             self.pass_time(1.0)
             self.assign()
             for pick, worker in enumerate(sorted(self.children)):

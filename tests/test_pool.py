@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -82,9 +83,12 @@ class Driver:
 
 
 def make(
-    workers: int = 2, modules: tuple[str, ...] = ("pooltasks",), paths: tuple[str, ...] = (HERE,)
+    workers: int = 2,
+    modules: tuple[str, ...] = ("pooltasks",),
+    paths: tuple[str, ...] = (HERE,),
+    **options: Any,
 ) -> Driver:
-    pool = Pool(modules, paths, workers=workers, max_result=1000)
+    pool = Pool(modules, paths, workers=workers, max_result=1000, **options)
     pool.start()
     return Driver(pool)
 

@@ -30,7 +30,8 @@ def available_cpus() -> int:
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a supervisor.
 
-    `workers` processes (default: the processors that we may use); `socket` is a path; `allow_uid` and
+    `workers` processes (default: the processors that we may use), each replaced after `max_tasks_per_child`
+    calls (None: never); `socket` is a path; `allow_uid` and
     `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and streams may lead
     besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds, and so is
     `forward_timeout`, for requests to other services that bring no timeout of their own.
@@ -45,6 +46,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     modules: tuple[str, ...] = ()
     workers: Count = msgspec.field(default_factory=available_cpus)
+    max_tasks_per_child: Count | None = None
     socket: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(default_factory=default_socket)
     allow_uid: tuple[Uid, ...] = ()
     allow_gid: tuple[Uid, ...] = ()

@@ -66,10 +66,11 @@ class Doom(NamedTuple):
 
 
 class _Worker:
-    __slots__ = ("calls", "doomed", "heard", "id", "load", "retiring")
+    __slots__ = ("calls", "doomed", "heard", "id", "left", "load", "retiring")
 
-    def __init__(self, id: int, now: float) -> None:
+    def __init__(self, id: int, now: float, left: int) -> None:
         self.id = id
+        self.left = left  # calls that it may yet be given; below 0: any number
         self.calls: dict[int, Call] = {}
         self.load = 0.0
         self.heard = now
@@ -83,12 +84,17 @@ class Dispatcher:
     Every call that is submitted comes back in exactly one Outcome that ends it, from one of `answered`,
     `worker_lost`, `cancel`, `due` or `abandon`; before that, `answered` may say that it streams. `queued`
     counts the calls that wait for a worker or for their backoff, `assigned` those that workers hold,
-    given-up ones included.
+    given-up ones included. `spent` lists the workers that have run their `max_tasks` calls (None: any number)
+    and are to be replaced, until it is cleared.
     """
 
-    def __init__(self, *, window: float = WINDOW, max_window: int = MAX_WINDOW) -> None:
+    def __init__(
+        self, *, window: float = WINDOW, max_window: int = MAX_WINDOW, max_tasks: int | None = None
+    ) -> None:
         self.window = window
         self.max_window = max_window
+        self.max_tasks = max_tasks
+        self.spent: list[int] = []
         self.queued = 0
         self.assigned = 0
         self._workers: dict[int, _Worker] = {}
@@ -179,7 +185,7 @@ class Dispatcher:
 
     def worker_ready(self, id: int, now: float) -> None:
         """A worker can take calls."""
-        self._workers[id] = _Worker(id, now)
+        self._workers[id] = _Worker(id, now, -1 if self.max_tasks is None else self.max_tasks)
 
     def retire(self, id: int) -> None:
         """Give a worker nothing more."""
@@ -257,12 +263,17 @@ class Dispatcher:
         if answer.failure is not None and answer.failure.code == RETURNED:
             # It was behind one that lasts, and so would be whatever else its worker got.
             worker.load = self.window if worker.calls else 0.0
+            if worker.left >= 0:
+                worker.left += 1
             if not call.settled:
                 self._renumber(call)
                 self._enqueue(call, front=True)
             return None
         worker.load = worker.load - call.cost if worker.calls else 0.0
         worker.heard = now
+        if not worker.left and not worker.calls and not worker.retiring:
+            worker.retiring = True
+            self.spent.append(id)
         if not call.streaming:
             self._learn(call.task, answer.seconds)
         if call.settled:
@@ -310,11 +321,11 @@ class Dispatcher:
             # An idle one first, whatever rounding has left of the loads of the others.
             (worker.load if worker.calls else -1.0, worker.id)
             for worker in self._workers.values()
-            if not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
+            if worker.left and not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
         ]
         heapq.heapify(free)
         batches: dict[int, list[Call]] = {}
-        while free and (call := self._front()) is not None:
+        while (call := self._front()) is not None and free:
             load, id = free[0]
             worker = self._workers[id]
             cost = self._predicted.get(call.task)
@@ -335,7 +346,11 @@ class Dispatcher:
             if call.timeout is not None:
                 self._limits.set(call.number, now + call.timeout)
             batches.setdefault(id, []).append(call)
-            heapq.heapreplace(free, (worker.load, id))
+            worker.left -= 1
+            if worker.left:
+                heapq.heapreplace(free, (worker.load, id))
+            else:
+                heapq.heappop(free)
         return iter(batches.items())
 
     def next_deadline(self) -> float | None:

@@ -43,6 +43,9 @@ from workers.worker import Settings
 START_TIMEOUT = 60.0
 """Seconds from fork to READY; a worker that takes longer is killed and counted as dead."""
 
+LEAVE_TIMEOUT = 5.0
+"""Seconds that a worker whose time is up has to exit by itself: it may have exit handlers, or threads."""
+
 _LAST_WORDS = 0.5
 """Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""
 
@@ -117,7 +120,8 @@ class Pool:
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
-    send what they submit themselves (None: where any program would).
+    send what they submit themselves (None: where any program would). A worker is replaced when it has run
+    `max_tasks_per_child` calls (None: never).
 
     `failure` is set when the modules cannot be imported in a worker: nothing runs any more then, and all
     calls end with WorkerLost.
@@ -133,9 +137,12 @@ class Pool:
         place: Place | None = None,
         allow_hook: Sequence[str] = (),
         url: str | None = None,
+        max_tasks_per_child: int | None = None,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
+        if max_tasks_per_child is not None and max_tasks_per_child < 1:
+            raise ConfigError(f"a worker needs at least one call to run, not {max_tasks_per_child}")
         self.modules = tuple(modules)
         self.paths = tuple(paths)
         self.size = workers
@@ -145,12 +152,13 @@ class Pool:
         self.url = url
         self.failure: str | None = None
         self.restarts = 0
-        self.dispatcher = Dispatcher()
+        self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
         self._budget = RestartBudget(max(10, 5 * workers))
         self._workers: dict[int, _Worker] = {}
         self._by_identity: dict[bytes, _Worker] = {}
         self._starting = 0
         self._wanted: dict[int, float] = {}  # slot -> when to fork for it
+        self._leaving: dict[int, float] = {}  # the workers that were told to exit, and when to kill them
         self._dead: dict[int, tuple[_Worker, float]] = {}
         self._tokens = 0
         self._stopping = False
@@ -283,7 +291,7 @@ class Pool:
         """When, on the monotonic clock, to call `process_events` at the latest."""
         if self._unfinished:
             return 0.0
-        times = [self._next_due(), self._relaunch, *self._wanted.values()]
+        times = [self._next_due(), self._relaunch, *self._wanted.values(), *self._leaving.values()]
         if self._dead:
             times.append(time.monotonic() + _POLL_LAST_WORDS)
         if self._starting:
@@ -316,6 +324,8 @@ class Pool:
             self._receive(now, outcomes)
             if self._dead:
                 self._settle_deaths(now, outcomes)
+            if self.dispatcher.spent:
+                self._replace_spent(now)
             self._tick(now, outcomes)
             if self._catch_up is None:
                 for token, calls in self.dispatcher.assign(now):
@@ -391,6 +401,16 @@ class Pool:
             # It is dead, or as good as dead; the fork server will say so, and what it held is settled.
             self._kill(worker)
 
+    def _replace_spent(self, now: float) -> None:
+        """Let workers exit that have run what they may; others take their places when they have."""
+        for token in self.dispatcher.spent:
+            worker = self._workers.get(token)
+            if worker is not None and worker.status is None:
+                worker.stopping = True
+                self._leaving[token] = now + LEAVE_TIMEOUT
+                self._send(worker, STOP)
+        self.dispatcher.spent.clear()
+
     # -- processes ----------------------------------------------------------------------------------
 
     def _launch(self, now: float) -> None:
@@ -454,6 +474,7 @@ class Pool:
             if worker.status is None:
                 self._bury(worker, -signal.SIGKILL, now)
         self._wanted.clear()
+        self._leaving.clear()
         if self.failure is None and not self._stopping:
             self._relaunch_later(now)
 
@@ -464,9 +485,11 @@ class Pool:
     def _died(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
         """A worker is dead: replace it now, settle what it held when its last words have been read."""
         self._bury(worker, status, now, max_rss, cpu)
+        leaving = self._leaving.pop(worker.token, None)
         if self._stopping or self.failure is not None:
             return
-        self.restarts += 1
+        if leaving is None:
+            self.restarts += 1
         pause = 0.0
         if not worker.finished and not worker.running.call:
             if not worker.stopping:
@@ -522,6 +545,9 @@ class Pool:
             for slot in [slot for slot, when in self._wanted.items() if when <= now]:
                 del self._wanted[slot]
                 self._fork(slot, now)
+        for token in [token for token, latest in self._leaving.items() if latest <= now]:
+            del self._leaving[token]
+            self._kill(self._workers[token])
         if self._starting:
             for worker in self._hatching():
                 if now - worker.since >= START_TIMEOUT:

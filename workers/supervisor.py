@@ -104,6 +104,7 @@ class Supervisor:
             place=_place(self.config),
             allow_hook=self.config.allow_hook,
             url=unix_url(os.path.abspath(self.config.socket)),
+            max_tasks_per_child=self.config.max_tasks_per_child,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)

@@ -1,0 +1,87 @@
+"""What the pool enforces of a task's options and its own, with real processes."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_pool import HERE, Driver, Fifo, add, make, text
+
+from workers import pool as pool_module
+from workers.calls import Call
+
+pytestmark = pytest.mark.process
+
+
+@contextlib.contextmanager
+def driven(workers: int, modules: tuple[str, ...] = ("pooltasks",), **options: Any) -> Iterator[Driver]:
+    driver = make(workers, modules, **options)
+    try:
+        driver.ready()
+        yield driver
+    finally:
+        driver.close()
+
+
+@pytest.mark.parametrize("most", [1, 10])
+def test_workers_are_replaced_between_calls(most: int) -> None:
+    with driven(1, max_tasks_per_child=most) as driver:
+        calls = [Call("pid", None) for _ in range(100 * most if most > 1 else 30)]
+        outcomes = driver.run(*calls)
+        assert {outcome.error for outcome in outcomes} == {None}
+        assert set(Counter(outcome.result for outcome in outcomes).values()) == {most}
+        assert driver.pool.restarts == 0 and driver.pool.healthy
+
+
+def test_calls_that_fail_and_die_count_too() -> None:
+    with driven(2, max_tasks_per_child=3) as driver:
+        kinds = [("add", b"[1,1]"), ("fail", b'["no"]'), ("die", b'["kill"]'), ("pid", None)] * 20
+        outcomes = driver.run(*[Call(task, args) for task, args in kinds])
+        assert [outcome.error and outcome.error.code for outcome in outcomes] == (
+            [None, "task_error", "worker_lost", None] * 20
+        )
+        assert driver.pool.restarts == 20 and driver.pool.healthy
+
+
+def test_a_worker_that_does_not_exit_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "LEAVE_TIMEOUT", 0.05)
+    (tmp_path / "lingering.py").write_text(
+        "import atexit, threading\n"
+        "from workers import task\n"
+        "@task\n"
+        "def linger() -> None:\n"
+        "    atexit.register(threading.Event().wait)\n"
+    )
+    with driven(1, ("pooltasks", "lingering"), paths=(HERE, str(tmp_path)), max_tasks_per_child=1) as driver:
+        outcomes = driver.run(Call("linger", None), add(1), Call("linger", None), add(2))
+        assert [outcome.result for outcome in outcomes] == [b"null", b"2", b"null", b"3"]
+
+
+def test_an_idle_worker_is_replaced_before_its_next_call() -> None:
+    with driven(1, max_tasks_per_child=1) as driver:
+        driver.run(add(1))
+        driver.until(lambda: driver.pool.ready and all(info.finished == 0 for info in driver.pool.workers()))
+        assert driver.run(add(2))[0].result == b"3"
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[Fifo]:
+    fifo = Fifo(tmp_path / "fifo")
+    yield fifo
+    fifo.close()
+
+
+def test_calls_beyond_the_limit_of_a_task_wait_and_others_pass(fifo: Fifo) -> None:
+    with driven(2) as driver:
+        held = [Call("nap", text(fifo.path), concurrency=1) for _ in range(3)]
+        driver.submit(*held)
+        fifo.number(driver)
+        assert [outcome.result for outcome in driver.run(*[add(number) for number in range(50)])] == [
+            b"%d" % (number + 1) for number in range(50)
+        ]
+        assert driver.pool.dispatcher.queued == 2
+        for call in held:
+            driver.cancel(call)
+        assert [outcome.error and outcome.error.code for outcome in driver.finish(*held)] == ["cancelled"] * 3
