@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from workers.errors import SoftTimeout
 from workers.registry import Retry, task
 from workers.running import context
 
@@ -149,3 +150,35 @@ def babble() -> None:
 def tell(path: str, what: Any) -> None:
     with open(path, "w") as fifo:
         fifo.write(f"{what}\n")
+
+
+@task(soft_timeout=0.05)
+def sleep_softly() -> None:
+    time.sleep(10_000)
+
+
+@task(soft_timeout=0.05)
+def spin_softly() -> None:
+    while True:
+        pass
+
+
+@task(soft_timeout=0.05)
+async def await_softly() -> None:
+    await asyncio.sleep(10_000)
+
+
+@task(soft_timeout=0.05, retry=Retry(1, backoff=0))
+def sleep_softly_once() -> str:
+    if context().attempt == 1:
+        time.sleep(10_000)
+    return f"attempt {context().attempt}"
+
+
+@task(soft_timeout=0.05)
+def as_far_as_it_comes() -> bool:
+    try:
+        time.sleep(10_000)
+    except SoftTimeout:
+        return True
+    return False

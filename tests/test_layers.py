@@ -67,6 +67,7 @@ WORKERS = {
     "lanes": 2,
     "registry": 2,
     "running": 2,
+    "softlimit": 2,
     "streaming": 2,
     "dispatcher": 3,
     "forkserver": 3,

@@ -11,6 +11,7 @@ from test_pool import HERE, Driver, Fifo, add, make, text
 
 from workers import pool as pool_module
 from workers.calls import Call
+from workers.errors import CallTimeout
 
 pytestmark = pytest.mark.process
 
@@ -85,3 +86,22 @@ def test_calls_beyond_the_limit_of_a_task_wait_and_others_pass(fifo: Fifo) -> No
         for call in held:
             driver.cancel(call)
         assert [outcome.error and outcome.error.code for outcome in driver.finish(*held)] == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize("task", ["sleep_softly", "spin_softly", "await_softly"])
+def test_a_soft_limit_is_the_calls_error_and_its_worker_goes_on(task: str) -> None:
+    with driven(1) as driver:
+        (pid,) = [info.pid for info in driver.pool.workers()]
+        late, behind = driver.run(Call(task, None), add(1))
+        assert isinstance(late.error, CallTimeout) and behind.result == b"2"
+        assert str(late.error) == f"task {task} ran longer than its soft limit of 0.05 seconds"
+        assert late.error.type == "SoftTimeout" and "pooltasks.py" in str(late.error.traceback)
+        assert [info.pid for info in driver.pool.workers()] == [pid]
+
+
+def test_a_call_at_its_soft_limit_is_tried_again_or_answers_with_what_it_has() -> None:
+    with driven(1) as driver:
+        (outcome,) = driver.run(Call("sleep_softly_once", None, retries=1))
+        assert outcome.result == b'"attempt 2"'
+        (outcome,) = driver.run(Call("as_far_as_it_comes", None))
+        assert outcome.result == b"true"

@@ -127,6 +127,9 @@ def test_options_and_coroutines():
         {"timeout": math.nan},
         {"timeout": "5"},
         {"timeout": True},
+        {"soft_timeout": 0},
+        {"soft_timeout": math.nan},
+        {"soft_timeout": 2, "timeout": 2},
         {"priority": 1.5},
         {"priority": True},
         {"concurrency": 0},
@@ -144,6 +147,14 @@ def test_options_and_coroutines():
 def test_bad_options_are_refused_at_decoration(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         task(**options)(_plain)
+
+
+def test_a_soft_limit_is_not_for_streams():
+    with pytest.raises(ValueError, match="soft_timeout is not for tasks that stream"):
+
+        @task(soft_timeout=1)
+        def items():
+            yield 1
 
 
 def test_unknown_options_are_refused():
@@ -659,6 +670,7 @@ def test_schema():
         "result": {"type": "integer"},
         "stream": None,
         "timeout": None,
+        "soft_timeout": None,
         "priority": 0,
         "concurrency": None,
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workers.config import Config
+    from workers.errors import SoftTimeout
     from workers.launcher import launch
     from workers.registry import Registry, Retry, Task, task
     from workers.running import Context, context
@@ -21,6 +22,7 @@ _homes = {
     "Context": "workers.running",
     "Registry": "workers.registry",
     "Retry": "workers.registry",
+    "SoftTimeout": "workers.errors",
     "Supervisor": "workers.supervisor",
     "Task": "workers.registry",
     "context": "workers.running",
@@ -33,6 +35,7 @@ __all__ = [
     "Context",
     "Registry",
     "Retry",
+    "SoftTimeout",
     "Supervisor",
     "Task",
     "context",

@@ -1,4 +1,4 @@
-"""The errors of the protocol library, under the name that worker code imports."""
+"""The errors of the protocol library, under the name that worker code imports, and one that tasks see."""
 
 from acomm.errors import (
     AcommError,
@@ -38,6 +38,7 @@ __all__ = [
     "HandlerError",
     "Poisoned",
     "ShuttingDown",
+    "SoftTimeout",
     "TaskError",
     "TooLarge",
     "UnknownTask",
@@ -45,3 +46,9 @@ __all__ = [
     "from_wire",
     "printable",
 ]
+
+
+class SoftTimeout(CallTimeout):
+    """Raised within a task when its `soft_timeout` has passed. If the task lets it out, the caller gets a
+    `timeout`.
+    """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
-_OPTIONS = ("name", "timeout", "priority", "retry", "concurrency")
+_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency")
 """What `@task` takes, and a Task keeps as attributes."""
 
 P = ParamSpec("P")
@@ -94,6 +94,7 @@ class Task(Generic[P, R]):
         *,
         name: str | None = None,
         timeout: float | None = None,
+        soft_timeout: float | None = None,
         priority: int = 0,
         retry: Retry | None = None,
         concurrency: int | None = None,
@@ -105,6 +106,10 @@ class Task(Generic[P, R]):
         self.name = _checked_name(getattr(function, "__name__", "") if name is None else name)
         if timeout is not None and (not _is_seconds(timeout) or timeout <= 0):
             raise ValueError(f"task {self.name}: timeout must be seconds above 0, not {timeout!r}")
+        if soft_timeout is not None and (not _is_seconds(soft_timeout) or soft_timeout <= 0):
+            raise ValueError(f"task {self.name}: soft_timeout must be seconds above 0, not {soft_timeout!r}")
+        if soft_timeout is not None and timeout is not None and soft_timeout >= timeout:
+            raise ValueError(f"task {self.name}: soft_timeout must come before timeout, or it never does")
         if not _is_int(priority):
             raise ValueError(f"task {self.name}: priority must be a whole number, not {priority!r}")
         if retry is not None and not isinstance(retry, Retry):
@@ -114,11 +119,15 @@ class Task(Generic[P, R]):
                 f"task {self.name}: concurrency must be a whole number, 1 or more, not {concurrency!r}"
             )
         self.timeout = timeout
+        self.soft_timeout = soft_timeout
         self.priority = priority
         self.retry = retry
         self.concurrency = concurrency
         self.is_coroutine = inspect.iscoroutinefunction(function)
         self.streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+        if self.streams and soft_timeout is not None:
+            # Half of an item may have been sent: only the end of the stream can tell its reader.
+            raise ValueError(f"task {self.name}: soft_timeout is not for tasks that stream; use timeout")
         self.module: str = getattr(function, "__module__", None) or "?"
         code = getattr(inspect.unwrap(function), "__code__", None)
         self.location = _place(code.co_filename, code.co_firstlineno) if code else self.module
@@ -242,6 +251,7 @@ class Task(Generic[P, R]):
             "result": {"type": "null"} if self.streams else self.parameters.result_schema(),
             "stream": self.parameters.stream_schema() if self.streams else None,
             "timeout": self.timeout,
+            "soft_timeout": self.soft_timeout,
             "priority": self.priority,
             "concurrency": self.concurrency,
         }
@@ -256,6 +266,7 @@ def task(
     *,
     name: str | None = None,
     timeout: float | None = None,
+    soft_timeout: float | None = None,
     priority: int = 0,
     retry: Retry | None = None,
     concurrency: int | None = None,
@@ -266,10 +277,11 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     """Marks a function as one that callers may run by name: `@task` or `@task(timeout=5)`.
 
     `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
-    worker starts it; of waiting calls those of higher `priority` run first; `retry` says when to try
-    again; at most `concurrency` of its calls run at a time. A generator function, plain or asynchronous,
-    streams what it yields to its caller: bytes as they are, anything else as a line of JSON. Raises
-    ValueError for a bad value, TypeError for what cannot be a task.
+    worker starts it; after `soft_timeout` seconds SoftTimeout is raised in it; of waiting calls those of
+    higher `priority` run first; `retry` says when to try again; at most `concurrency` of its calls run at a
+    time. A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
+    are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a
+    task.
     """
     if function is None:
         return functools.partial(_decorate, options)

@@ -26,12 +26,13 @@ import msgspec
 import zmq
 
 from acomm.egress import Policy
-from workers import streaming
+from workers import softlimit, streaming
 from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
-from workers.errors import BadArgs, TooLarge
+from workers.errors import BadArgs, SoftTimeout, TooLarge
 from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
+from workers.softlimit import limited, limited_coroutine
 from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
 from workers.template import end_copy
 
@@ -46,7 +47,7 @@ MAX_MESSAGE, MAX_TRACEBACK = 2000, 20_000
 """Characters of an exception's text that travel."""
 
 _LINGER_MS = 2000
-_OWN_FILES = (__file__, streaming.__file__)
+_OWN_FILES = (__file__, softlimit.__file__, streaming.__file__)
 
 _jobs = msgspec.msgpack.Decoder(list[Job])
 _encode = msgspec.msgpack.Encoder().encode
@@ -269,6 +270,9 @@ class Runnable:
 
     def __init__(self, task: Task[..., Any], run_coroutine: Callable[..., Any]) -> None:
         function = task.function
+        if task.soft_timeout is not None:
+            limit = limited_coroutine if task.is_coroutine else limited
+            function = limit(function, task.name, task.soft_timeout)
         self.bind = task.bind
         self.retry_on: tuple[type[BaseException], ...] = task.retry.on if task.retry else ()
         self.expected = math.inf
@@ -299,6 +303,8 @@ def _failure(error: BaseException, retry_on: tuple[type[BaseException], ...]) ->
         trace = None
     if isinstance(error, BadArgs):
         return Failure(error.code, text, name, trace)
+    if isinstance(error, SoftTimeout):
+        return Failure(error.code, text, name, trace, isinstance(error, retry_on))
     message = f"{name}: {text}" if text else name
     return Failure("task_error", message, name, trace, isinstance(error, retry_on))
 
