@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pool import HERE, Driver, Fifo, add, make, text
+from test_pool import DEADLINE, HERE, Driver, Fifo, add, make, text
 
 from workers import pool as pool_module
 from workers.calls import Call
 from workers.errors import CallTimeout
+from workers.launcher import launch
 
 pytestmark = pytest.mark.process
 
@@ -105,3 +106,27 @@ def test_a_call_at_its_soft_limit_is_tried_again_or_answers_with_what_it_has() -
         assert outcome.result == b'"attempt 2"'
         (outcome,) = driver.run(Call("as_far_as_it_comes", None))
         assert outcome.result == b"true"
+
+
+ALONE = """
+import os
+from workers import task
+
+
+@task(concurrency=1)
+def alone(path: str) -> int:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # raises if there is another
+    os.unlink(path)
+    return os.getpid()
+"""
+
+
+def test_a_supervisor_keeps_its_limits(tmp_path: Path) -> None:
+    (tmp_path / "alone_tasks.py").write_text(ALONE)
+    with launch(str(tmp_path / "alone_tasks.py"), workers=3, max_tasks_per_child=20) as client:
+        calls = [client.submit("alone", str(tmp_path / "lock")) for _ in range(200)]
+        pids = Counter(call.result(DEADLINE) for call in calls)
+        assert max(pids.values()) <= 20
+        assert client.stats()["worker_restarts"] == 0
+        (schema,) = client.tasks()
+        assert schema["concurrency"] == 1

@@ -545,9 +545,10 @@ class Pool:
             for slot in [slot for slot, when in self._wanted.items() if when <= now]:
                 del self._wanted[slot]
                 self._fork(slot, now)
-        for token in [token for token, latest in self._leaving.items() if latest <= now]:
-            del self._leaving[token]
-            self._kill(self._workers[token])
+        if self._leaving:
+            for token in [token for token, latest in self._leaving.items() if latest <= now]:
+                del self._leaving[token]
+                self._kill(self._workers[token])
         if self._starting:
             for worker in self._hatching():
                 if now - worker.since >= START_TIMEOUT:
