@@ -101,6 +101,7 @@ class Dispatcher:
         self._queues: dict[int, deque[Call]] = {}
         self._order: list[int] = []
         self._lanes = Lanes()
+        self._open = self._lanes.open  # looked at for every call
         self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -441,7 +442,7 @@ class Dispatcher:
             while queue:
                 call = queue[0]
                 if not call.settled:
-                    if self._lanes.open:
+                    if self._open:
                         return min(call, self._lanes.first(), key=turn)
                     return call
                 queue.popleft()
