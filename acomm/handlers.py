@@ -137,6 +137,13 @@ def load(text: str) -> Callable[..., Any]:
     return handler  # type: ignore[no-any-return]
 
 
+def dump_value(value: Any) -> bytes:
+    """Pickle anything that refers to functions which cannot be found by name. `pickle.loads` loads it, which
+    runs code of the sender. Raises what is in the way: HandlerError or an error of pickling.
+    """
+    return _dumps(value)
+
+
 def _dumps(value: Any) -> bytes:
     import dill
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workers.config import Config
     from workers.errors import SoftTimeout
+    from workers.executor import PoolExecutor
     from workers.launcher import launch
     from workers.registry import Registry, Retry, Task, task
     from workers.running import Context, context
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _homes = {
     "Config": "workers.config",
     "Context": "workers.running",
+    "PoolExecutor": "workers.executor",
     "Registry": "workers.registry",
     "Retry": "workers.registry",
     "SoftTimeout": "workers.errors",
@@ -33,6 +35,7 @@ _homes = {
 __all__ = [
     "Config",
     "Context",
+    "PoolExecutor",
     "Registry",
     "Retry",
     "SoftTimeout",

@@ -19,6 +19,8 @@ READY = b"ready"
 STOP = b"stop"
 """The supervisor's last: finish what you have, then exit."""
 
+UNFIT = 77
+"""The exit status of a worker whose like can never be READY."""
 
 RETURNED = "returned"
 """The code of a Failure that is none: the worker gives a call back that it has not begun."""

@@ -159,7 +159,7 @@ class Dispatcher:
 
     def abandon(self, error: AcommError) -> list[Outcome]:
         """Give up all that is queued: there will be no worker for it."""
-        waiting = [call for number, call in self._calls.items() if number not in self._holder]
+        waiting = self.waiting()
         for call in self._lanes.waiting():
             self._lanes.remove(call)
         for call in waiting:
@@ -177,6 +177,14 @@ class Dispatcher:
     def call(self, number: int) -> Call | None:
         """The call of that number, if it has not ended."""
         return self._calls.get(number)
+
+    def unfinished(self) -> list[Call]:
+        """All calls that have not ended."""
+        return list(self._calls.values())
+
+    def waiting(self) -> list[Call]:
+        """The calls that no worker holds."""
+        return [call for number, call in self._calls.items() if number not in self._holder]
 
     def predicted(self, task: str) -> float | None:
         """Seconds that a call of `task` is expected to run; None before the first."""

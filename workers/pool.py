@@ -24,14 +24,14 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 import zmq
 
-from workers.calls import READY, STOP, Answer, Call, Outcome
+from workers.calls import READY, RETURNED, STOP, UNFIT, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
@@ -121,7 +121,10 @@ class Pool:
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls (None: never).
+    `max_tasks_per_child` calls (None: never). `target` is what a worker runs, and `setup` is for workers of
+    another kind than ours.
+
+    `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up.
 
     `failure` is set when the modules cannot be imported in a worker: nothing runs any more then, and all
     calls end with WorkerLost.
@@ -138,6 +141,8 @@ class Pool:
         allow_hook: Sequence[str] = (),
         url: str | None = None,
         max_tasks_per_child: int | None = None,
+        target: str = "workers.worker:main",
+        setup: bytes = b"",
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -150,6 +155,9 @@ class Pool:
         self.place = place or Place()
         self.allow_hook = tuple(allow_hook)
         self.url = url
+        self.target = target
+        self.setup = setup
+        self.claim: Callable[[Call], bool] | None = None
         self.failure: str | None = None
         self.restarts = 0
         self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
@@ -329,7 +337,10 @@ class Pool:
             self._tick(now, outcomes)
             if self._catch_up is None:
                 for token, calls in self.dispatcher.assign(now):
-                    self._send(self._workers[token], _encode([call.job() for call in calls]))
+                    if self.claim is not None:
+                        calls = self._claimed(token, calls, now, outcomes)
+                    if calls:
+                        self._send(self._workers[token], _encode([call.job() for call in calls]))
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
             if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return outcomes
@@ -337,6 +348,21 @@ class Pool:
             if now - begun > _BURST:
                 self._unfinished = True
                 return outcomes
+
+    def _claimed(self, token: int, calls: list[Call], now: float, outcomes: list[Outcome]) -> list[Call]:
+        """The calls that are still wanted; a worker never hears of the others."""
+        assert self.claim is not None
+        wanted = []
+        for call in calls:
+            if self.claim(call):
+                wanted.append(call)
+                continue
+            number = call.number
+            outcome = self.dispatcher.cancel(number, now, Running(0, 0.0))
+            if isinstance(outcome, Outcome):
+                outcomes.append(outcome)
+            self.dispatcher.answered(token, Answer(number, 0.0, None, Failure(RETURNED, "")), now)
+        return wanted
 
     # -- the socket ---------------------------------------------------------------------------------
 
@@ -417,7 +443,7 @@ class Pool:
         self._forkserver = ForkServer(
             ["workers.worker", *self.modules],
             paths=self.paths,
-            target="workers.worker:main",
+            target=self.target,
             cleanup=[self._folder],
         )
         self._forkserver.start()
@@ -443,6 +469,7 @@ class Pool:
             place=self.place,
             allow_hook=self.allow_hook,
             url=self.url,
+            setup=self.setup,
         )
         try:
             self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
@@ -485,6 +512,8 @@ class Pool:
     def _died(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
         """A worker is dead: replace it now, settle what it held when its last words have been read."""
         self._bury(worker, status, now, max_rss, cpu)
+        if status == UNFIT and not worker.ready and self.failure is None:
+            self.failure = "a worker could not be set up"
         leaving = self._leaving.pop(worker.token, None)
         if self._stopping or self.failure is not None:
             return

@@ -66,6 +66,7 @@ class Settings(msgspec.Struct):
     place: Place
     allow_hook: tuple[str, ...] = ()
     url: str | None = None
+    setup: bytes = b""  # for workers of another kind
 
 
 def main(config: bytes, fds: list[int]) -> None:
@@ -73,8 +74,20 @@ def main(config: bytes, fds: list[int]) -> None:
     settings = msgspec.msgpack.decode(config, type=Settings)
     if settings.url is not None:
         os.environ["ACOMM_URL"] = settings.url  # what a task submits goes to whoever runs it
-    scoreboard = Scoreboard.attach(fds[0], settings.slots)
     registry = Registry.from_modules(settings.modules, settings.paths)
+    policy = Policy(settings.allow_hook)
+
+    def make(socket: zmq.Socket[bytes], slot: SlotWriter) -> Worker:
+        return Worker(registry, socket, slot, settings.max_result, settings.place, policy)
+
+    serve(settings, fds, make)
+
+
+def serve(
+    settings: Settings, fds: list[int], make: Callable[[zmq.Socket[bytes], SlotWriter], Worker]
+) -> None:
+    """Connect, say READY, and run the worker that `make` makes until it is told to stop."""
+    scoreboard = Scoreboard.attach(fds[0], settings.slots)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, settings.identity)
@@ -84,9 +97,7 @@ def main(config: bytes, fds: list[int]) -> None:
     socket.connect(settings.endpoint)
     try:
         socket.send(READY)
-        slot = scoreboard.writer(settings.slot)
-        policy = Policy(settings.allow_hook)
-        Worker(registry, socket, slot, settings.max_result, settings.place, policy).run()
+        make(socket, scoreboard.writer(settings.slot)).run()
     finally:
         socket.close()
         context.term()
@@ -110,7 +121,8 @@ class Worker:
         self._place = place
         self._policy = policy
         self._pid = os.getpid()
-        self._tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
+        tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
+        self._find: Callable[[str], Runnable | None] = tasks.get
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
         self._stopping = False
@@ -144,7 +156,7 @@ class Worker:
                 job = jobs.popleft()
             except IndexError:  # the helper was faster
                 break
-            runnable = self._tasks.get(job.task)
+            runnable = self._find(job.task)
             if self._answers and (now - held_since > HOLD or runnable is None or runnable.expected > HOLD):
                 with self._lock:
                     self._flush()
@@ -216,7 +228,7 @@ class Worker:
         except BaseException as error:  # SystemExit too: a task ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)
-            return Answer(job.number, 0.0, None, _failure(error, runnable.retry_on))
+            return Answer(job.number, 0.0, None, failure_of(error, runnable.retry_on))
         finally:
             leave(context)
         return Answer(job.number, 0.0, result)
@@ -287,7 +299,7 @@ class Runnable:
         self.expected = seconds if known == math.inf else known + (seconds - known) * 0.1
 
 
-def _failure(error: BaseException, retry_on: tuple[type[BaseException], ...]) -> Failure:
+def failure_of(error: BaseException, retry_on: tuple[type[BaseException], ...]) -> Failure:
     """An exception as text. It may be hostile: its `str` may raise, whatever it likes."""
     name = type(error).__name__[:200]
     try:

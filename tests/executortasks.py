@@ -1,0 +1,104 @@
+"""What the tests of PoolExecutor run; its values and exceptions do their worst on either side."""
+
+import ctypes
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def square(n: int) -> int:
+    return n * n
+
+
+def echo(value: Any) -> Any:
+    return value
+
+
+def call(functions: list[Callable[[], Any]]) -> Any:
+    return functions[0]()
+
+
+def pid(*_: object) -> int:
+    return os.getpid()
+
+
+def fail(n: int) -> int:
+    raise ValueError(n)
+
+
+class TwoArguments(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def raise_two() -> None:
+    raise TwoArguments(1, 2)
+
+
+def hang(path: str) -> None:
+    """Tells that it runs, by a line in a fifo, and does not end."""
+    Path(path).write_text("running\n")
+    time.sleep(1000)
+
+
+def spin(n: int) -> int:
+    return sum(range(n % 7 * 1000)) * 0 + n
+
+
+def nested() -> int:
+    from workers import PoolExecutor
+
+    with PoolExecutor(1) as pool:
+        return pool.submit(square, 2).result()
+
+
+VALUE: list[object] = []
+
+
+def initialize(value: object) -> None:
+    VALUE.append(value)
+
+
+def initialized() -> list[object]:
+    return VALUE
+
+
+def broken_initializer() -> None:
+    raise RuntimeError("this initializer fails")
+
+
+def die(how: str) -> None:
+    if how == "error":
+        raise ZeroDivisionError("as asked")
+    if how == "exit":
+        sys.exit(3)
+    if how == "os_exit":
+        os._exit(3)
+    ctypes.string_at(0)
+
+
+def _load_and_die(how: str, parent: int, where: str) -> object:
+    if (os.getpid() == parent) == (where == "parent"):
+        die(how)
+    return Evil(how, "never")
+
+
+class Evil:
+    """Dies when it is pickled, or unpickled in the parent or in another process."""
+
+    def __init__(self, how: str, when: str, parent: int = 0) -> None:
+        self.how, self.when, self.parent = how, when, parent
+
+    def __reduce__(self) -> Any:
+        if self.when == "pickle":
+            die(self.how)
+        if self.when == "never":
+            return Evil, (self.how, "never")
+        return _load_and_die, (self.how, self.parent, self.when)
+
+
+def make_evil(how: str, when: str, parent: int) -> Evil:
+    return Evil(how, when, parent)
