@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures as cf
+import contextlib
 import functools
 import gc
 import operator
@@ -60,6 +61,16 @@ def running(future: cf.Future[Any], fifo: str) -> None:
     """Wait until `hang` says that it runs."""
     assert Path(fifo).read_text() == "running\n"
     assert future.running()
+
+
+def workers() -> list[psutil.Process]:
+    """The worker processes that live now."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name() == "acomm-worker":
+                found.append(process)
+    return found
 
 
 # -- results
@@ -144,9 +155,8 @@ def test_map_times_out(pool: PoolExecutor, fifo: str) -> None:
     assert Path(fifo).read_text()
     with pytest.raises(TimeoutError):
         next(results)
-    for process in psutil.Process().children(recursive=True):
-        if process.name() == "acomm-worker":
-            process.kill()
+    for process in workers():
+        process.kill()
 
 
 @pytest.mark.parametrize("options", [{"chunksize": 0}, {"buffersize": 0}])
@@ -190,10 +200,10 @@ MATRIX = [
 ]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-def test_every_fault_at_every_step(workers: int) -> None:
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_fault_at_every_step(size: int) -> None:
     expected = {"error": ZeroDivisionError, "exit": SystemExit, "os_exit": CallLost, "segfault": CallLost}
-    with PoolExecutor(workers) as pool:
+    with PoolExecutor(size) as pool:
         for how, step in MATRIX:
             me = os.getpid()
             match step:
@@ -229,9 +239,9 @@ def test_workers_killed_at_random() -> None:
         futures = [pool.submit(tasks.spin, n) for n in range(1000)]
         for n in range(1000):
             if rng.random() < 0.05:
-                victims = [p for p in psutil.Process().children(recursive=True) if p.name() == "acomm-worker"]
-                if victims:
-                    rng.choice(victims).kill()
+                for victim in rng.sample(found := workers(), min(1, len(found))):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        victim.kill()
             error = futures[n].exception(DEADLINE)
             assert error is None or isinstance(error, CallLost)
             assert error is not None or futures[n].result() == n

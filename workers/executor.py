@@ -236,9 +236,25 @@ class _Engine:
             if self._closing or self._thread is None or _exiting or self._pid != os.getpid():
                 self.check()
                 self._start()
+            if self._sleeping and not self._inbox and not len(self._pool.dispatcher):
+                self._send_at_once(call)
+                return
             self._inbox.append(call)
             if self._sleeping:
                 self._wake()
+
+    def _send_at_once(self, call: Call) -> None:
+        """Nothing is under way and the engine waits: a hop to its thread would only cost time.
+
+        Under the lock, and while it sleeps: the pool is ours then. What ends now, the engine settles.
+        """
+        self._pool.submit(call)
+        pool = self._pool
+        ended = pool.process_events()
+        changed = pool.failure is not None or pool.restarts != self._restarts
+        if ended or changed or pool.next_deadline() is not None:
+            self._inbox += [(self._settle, outcome) for outcome in ended]
+            self._wake()
 
     def command(self, function: Callable[[Any], None], argument: Any) -> None:
         with self._lock:
@@ -320,14 +336,16 @@ class _Engine:
     def _wait(self) -> None:
         due = self._pool.next_deadline()
         timeout = -1.0 if due is None else max(0.0, due - time.monotonic())
-        # Who adds to the inbox from here on sees that we sleep; what was added before, we see.
-        self._sleeping = True
-        if self._inbox or self._cancel_all:
-            timeout = 0.0
-        for descriptor, _ in self._poller.poll(timeout):
-            if descriptor == self._event:
-                os.eventfd_read(self._event)
-        self._sleeping = False
+        with self._lock:
+            # Who adds to the inbox from here on sees that we sleep; what was added before, we see.
+            if self._inbox or self._cancel_all:
+                timeout = 0.0
+            self._sleeping = timeout != 0.0
+        woken = self._poller.poll(timeout)
+        with self._lock:  # whoever sends in our place has done so
+            self._sleeping = False
+        if any(descriptor == self._event for descriptor, _ in woken):
+            os.eventfd_read(self._event)
 
     def _take(self) -> None:
         inbox, submit = self._inbox, self._pool.submit

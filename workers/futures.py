@@ -22,13 +22,13 @@ CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED = "CANCELLED", "CANCELLED_AND_NOTIFI
 _OVER = (CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED)
 
 _log = logging.getLogger("concurrent.futures")
-_lock = threading.Lock()
+_lock = threading.RLock()  # as a collection may run code that has a future of its own to cancel
 
 
 def _new_lock() -> None:
     """In a fork: another thread may have held it, and is not there to let go."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
 
 
 os.register_at_fork(after_in_child=_new_lock)
