@@ -371,6 +371,24 @@ def test_an_initializer_that_fails_breaks_the_pool(capfd: pytest.CaptureFixture[
     assert "this initializer fails" in capfd.readouterr().err
 
 
+def test_an_interrupt_within_a_submit_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with PoolExecutor(1) as pool:
+        engine = pool._engine
+        with pytest.raises(KeyboardInterrupt):
+            while True:  # until the engine sleeps, and the submit sends by itself
+                pool.submit(tasks.square, 2).result(DEADLINE)
+                with engine._lock, monkeypatch.context() as patch:
+                    patch.setattr(engine._pool, "process_events", interrupted)
+                    if engine._sleeping:
+                        pool.submit(tasks.square, 2)
+        engine.join()
+        with pytest.raises(BrokenPool, match="KeyboardInterrupt"):
+            pool.submit(tasks.square, 2)
+
+
 def test_max_tasks_per_child() -> None:
     with PoolExecutor(1, max_tasks_per_child=3) as pool:
         pids = list(pool.map(tasks.pid, range(30)))

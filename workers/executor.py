@@ -248,9 +248,14 @@ class _Engine:
 
         Under the lock, and while it sleeps: the pool is ours then. What ends now, the engine settles.
         """
-        self._pool.submit(call)
         pool = self._pool
-        ended = pool.process_events()
+        pool.submit(call)
+        try:
+            ended = pool.process_events()
+        except BaseException as error:  # a KeyboardInterrupt: what it has cut short, nobody knows
+            self._inbox.append((self._break, f"a submit was cut short by {type(error).__name__}"))
+            self._wake()
+            raise
         changed = pool.failure is not None or pool.restarts != self._restarts
         if ended or changed or pool.next_deadline() is not None:
             self._inbox += [(self._settle, outcome) for outcome in ended]
@@ -313,6 +318,8 @@ class _Engine:
                 self._event = -1
 
     def _busy(self) -> bool:
+        if self._broken is not None:
+            return False
         return not self._closing or bool(self._inbox) or len(self._pool.dispatcher) > 0
 
     def _turn(self) -> None:
