@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from benchmarks import floor, hooks, http, strangers
 from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
-from workers import launch
+from workers import PoolExecutor, launch
 
 WORKERS = 2
 
@@ -83,7 +83,7 @@ def floor_rate(path: str, in_flight: int, calls: int) -> Figures:
     return uvloop.run(floor.measure(path, in_flight, calls))
 
 
-def executor_rate(executor: ProcessPoolExecutor, in_flight: int, calls: int) -> Figures:
+def executor_rate(executor: Executor, in_flight: int, calls: int) -> Figures:
     return future_rate(partial(executor.submit, identity), in_flight, calls)
 
 
@@ -231,6 +231,18 @@ def _http() -> Iterator[list[Contender]]:
         ]
 
 
+@contextmanager
+def _pool() -> Iterator[list[Contender]]:
+    with (
+        PoolExecutor(WORKERS) as ours,
+        ProcessPoolExecutor(WORKERS, get_context("forkserver")) as theirs,
+    ):
+        yield [
+            Contender("PoolExecutor", partial(executor_rate, ours), ours=True),
+            Contender("ProcessPoolExecutor", partial(executor_rate, theirs)),
+        ]
+
+
 ROWS = {
     row.name: row
     for row in (
@@ -238,6 +250,7 @@ ROWS = {
         Row("latency", "round trip of one call at a time", _latency, (1,), calls=2000),
         Row("strangers", "calls/s by programs that open a connection a message", _strangers, (1, 16, 64)),
         Row("http", "calls/s over HTTP, against web servers that echo by themselves", _http, (1, 16, 64)),
+        Row("pool", "calls/s of a program's own pool, without a supervisor", _pool, (1, 64, 4096)),
         Row("hooks", "99 good hooks, beside one that takes nothing", _hooks, (64,), seconds=2.0),
     )
 }
