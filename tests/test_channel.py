@@ -697,3 +697,15 @@ async def test_closing_ends_http_sends(server: Web, caplog: pytest.LogCaptureFix
     assert all(len(errors) == 1 and isinstance(errors[0], ConnectionLost) for errors in seen.values())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     never.set()
+
+
+async def test_a_close_at_once_behind_a_hook_that_is_not_there(tmp_path: Path) -> None:
+    """Its failure is on its way to the sender when the channels close. It is told once."""
+    told: list[object] = []
+    async with channels() as out:
+        message = Outgoing(b"{}", told.append, wire=3, extended=False)
+        out.post(f"unix://{tmp_path}/nobody.sock", message)
+        await out.close()
+        await asyncio.sleep(0)
+    assert len(told) == 1
+    assert isinstance(told[0], ConnectionLost)
