@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from workers import pool as pool_module
+from workers import processes as processes_module
 from workers.calls import READY, Answer, Call, Outcome
 from workers.errors import CallCancelled, CallTimeout, ConfigError, Poisoned, TaskError, TooLarge, WorkerLost
 from workers.pool import Pool, WorkerInfo
@@ -412,7 +413,7 @@ def test_calls_behind_one_that_lasts_move_to_another_worker(driver: Driver, fifo
 
 
 def template_of(driver: Driver) -> int:
-    return driver.pool._forkserver.pid
+    return driver.pool._processes._forkserver.pid
 
 
 def test_the_fork_server_is_killed(driver: Driver, fifo: Fifo) -> None:
@@ -492,7 +493,7 @@ def test_a_stranger_is_not_heard(single: Driver, fifo: Fifo) -> None:
     running = Call("nap", text(fifo.path))
     single.submit(running)
     fifo.number(single)
-    known = next(iter(single.pool._by_identity))
+    known = next(iter(single.pool._processes._by_identity))
     context = zmq.Context()
     try:
         strangers = []
@@ -519,7 +520,7 @@ def test_a_stranger_is_not_heard(single: Driver, fifo: Fifo) -> None:
 
 
 def test_a_stranger_with_the_identity_of_a_worker_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
+    monkeypatch.setattr(processes_module.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
     driver = make(1)
     context = zmq.Context()
     try:
@@ -612,7 +613,7 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(self: object) -> None:
         raise OSError(11, "no more processes")
 
-    monkeypatch.setattr(pool_module.ForkServer, "start", refuse)
+    monkeypatch.setattr(processes_module.ForkServer, "start", refuse)
     pool = Pool(["pooltasks"], [HERE], workers=2)
     with pytest.raises(OSError, match="no more"):
         pool.start()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_pool import DEADLINE, HERE, Driver, Fifo, add, make, text
 
-from workers import pool as pool_module
+from workers import processes as processes_module
 from workers.calls import Call
 from workers.errors import CallTimeout
 from workers.launcher import launch
@@ -48,7 +48,7 @@ def test_calls_that_fail_and_die_count_too() -> None:
 
 
 def test_a_worker_that_does_not_exit_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "LEAVE_TIMEOUT", 0.05)
+    monkeypatch.setattr(processes_module, "LEAVE_TIMEOUT", 0.05)
     (tmp_path / "lingering.py").write_text(
         "import atexit, threading\n"
         "from workers import task\n"

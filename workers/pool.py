@@ -18,33 +18,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import secrets
 import select
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, UNFIT, Answer, Call, Failure, Outcome
+from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
 from workers.errors import ConfigError, WorkerLost, printable
-from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
-from workers.restarts import RestartBudget
-from workers.scoreboard import Scoreboard, Slot
+from workers.processes import Processes, Worker
+from workers.receipts import worker_lost
+from workers.scoreboard import Scoreboard
 from workers.streaming import Place
 from workers.worker import Settings
-
-START_TIMEOUT = 60.0
-"""Seconds from fork to READY; a worker that takes longer is killed and counted as dead."""
-
-LEAVE_TIMEOUT = 5.0
-"""Seconds that a worker whose time is up has to exit by itself: it may have exit handlers, or threads."""
 
 _LAST_WORDS = 0.5
 """Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""
@@ -63,29 +55,6 @@ _CATCH_UP = 0.02
 
 _answers = msgspec.msgpack.Decoder(list[Answer])
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class _Worker:
-    """A worker process, from the wish for one until its death is settled."""
-
-    __slots__ = ("cpu", "finished", "identity", "killed", "max_rss", "peer_pid", "pid", "ready", "running",
-                 "since", "slot", "status", "stopping", "token")  # fmt: skip
-
-    def __init__(self, token: int, slot: int, now: float) -> None:
-        self.token = token
-        self.slot = slot
-        self.identity = b"w" + secrets.token_bytes(12)  # ZeroMQ reserves those that begin with 0
-        self.since = now
-        self.pid = 0
-        self.peer_pid = 0
-        self.ready = False
-        self.finished = 0
-        self.stopping = False
-        self.killed = False
-        self.status: int | None = None
-        self.running = Slot(0, 0.0, 0.0, 0.0)
-        self.max_rss = 0
-        self.cpu = 0.0
 
 
 class WorkerInfo(NamedTuple):
@@ -158,19 +127,18 @@ class Pool:
         self.target = target
         self.setup = setup
         self.claim: Callable[[Call], bool] | None = None
-        self.failure: str | None = None
-        self.restarts = 0
         self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
-        self._budget = RestartBudget(max(10, 5 * workers))
-        self._workers: dict[int, _Worker] = {}
-        self._by_identity: dict[bytes, _Worker] = {}
-        self._starting = 0
-        self._wanted: dict[int, float] = {}  # slot -> when to fork for it
-        self._leaving: dict[int, float] = {}  # the workers that were told to exit, and when to kill them
-        self._dead: dict[int, tuple[_Worker, float]] = {}
-        self._tokens = 0
+        self._processes = Processes(
+            workers,
+            preload=["workers.worker", *self.modules],
+            paths=self.paths,
+            target=target,
+            settings=self._settings,
+            on_ready=self._worker_ready,
+            on_death=self._worker_died,
+        )
+        self._dead: dict[int, tuple[Worker, float]] = {}
         self._stopping = False
-        self._relaunch: float | None = None  # when to start a new fork server
         self._catch_up: float | None = None
         self._unfinished = False
         self._resources = contextlib.ExitStack()
@@ -201,8 +169,9 @@ class Pool:
             self._poller = select.epoll()
             made.callback(self._poller.close)
             self._poller.register(self._router.FD, select.EPOLLIN)
-            self._launch(time.monotonic())
-            made.callback(lambda: self._forkserver.close())
+            self._processes.start(self._scoreboard, [self._folder])
+            made.callback(self._processes.close)
+            self._poller.register(self._processes.fileno(), select.EPOLLIN)
             self._resources = made.pop_all()
 
     def close(self) -> None:
@@ -215,9 +184,8 @@ class Pool:
     def stop_workers(self) -> None:
         """Let the workers finish what they hold and exit; none is replaced. What is queued stays queued."""
         self._stopping = True
-        self._wanted.clear()
-        self._relaunch = None
-        for worker in self._workers.values():
+        self._processes.stop()
+        for worker in self._processes.all():
             worker.stopping = True
             self.dispatcher.retire(worker.token)
             if worker.ready:
@@ -226,27 +194,37 @@ class Pool:
                 self._kill(worker)
 
     @property
+    def failure(self) -> str | None:
+        """Why there can be no worker; None if there can."""
+        return self._processes.failure
+
+    @property
+    def restarts(self) -> int:
+        """Workers that have died and were replaced."""
+        return self._processes.restarts
+
+    @property
     def ready(self) -> int:
         """Workers that can take calls."""
-        return sum(worker.ready and worker.status is None for worker in self._workers.values())
+        return self._processes.ready
 
     @property
     def alive(self) -> int:
         """Worker processes that have not been seen dead."""
-        return sum(worker.status is None for worker in self._workers.values())
+        return self._processes.alive
 
     @property
     def healthy(self) -> bool:
         """False while workers die so early and often that there is no sense in taking work."""
-        return self.failure is None and not self._budget.exhausted(time.monotonic())
+        return self._processes.healthy
 
     def workers(self) -> list[WorkerInfo]:
         """All worker processes, for operators."""
         now = time.monotonic()
-        return [self._info(worker, now) for worker in self._workers.values() if worker.status is None]
+        return [self._info(worker, now) for worker in self._processes.all() if worker.status is None]
 
-    def _info(self, worker: _Worker, now: float) -> WorkerInfo:
-        slot = self._scoreboard.read(worker.slot)
+    def _info(self, worker: Worker, now: float) -> WorkerInfo:
+        slot = self._processes.slot(worker)
         call = self.dispatcher.call(slot.call)
         return WorkerInfo(
             pid=worker.pid,
@@ -263,8 +241,8 @@ class Pool:
     def look(self, call: Call) -> CallInfo:
         """How far a call is that has not ended."""
         holder = self.dispatcher.holder(call.number)
-        worker = None if holder is None else self._workers.get(holder)
-        slot = None if worker is None else self._scoreboard.read(worker.slot)
+        worker = None if holder is None else self._processes.get(holder)
+        slot = None if worker is None else self._processes.slot(worker)
         if slot is None or slot.call != call.number:
             return CallInfo("streaming" if call.streaming else "queued", call.task, 0.0, 0.0, 0.0, "")
         return CallInfo(
@@ -299,34 +277,22 @@ class Pool:
         """When, on the monotonic clock, to call `process_events` at the latest."""
         if self._unfinished:
             return 0.0
-        times = [self._next_due(), self._relaunch, *self._wanted.values(), *self._leaving.values()]
+        times = [self._next_due(), self._processes.next_deadline()]
         if self._dead:
             times.append(time.monotonic() + _POLL_LAST_WORDS)
-        if self._starting:
-            times += [worker.since + START_TIMEOUT for worker in self._hatching()]
         return min((when for when in times if when is not None), default=None)
 
     def _next_due(self) -> float | None:
         due = self.dispatcher.next_deadline()
         return due if due is None or self._catch_up is None else max(due, self._catch_up)
 
-    def _hatching(self) -> list[_Worker]:
-        """The workers that run and have not said READY. Loading the modules, before the first fork, may
-        take as long as it takes.
-        """
-        return [
-            worker
-            for worker in self._workers.values()
-            if worker.pid and not worker.ready and not worker.killed and worker.status is None
-        ]
-
     def process_events(self) -> list[Outcome]:
         """Do all that can be done now; returns the calls that have ended."""
         outcomes: list[Outcome] = []
         self._unfinished = False
         for descriptor, _ in self._poller.poll(0):
-            if descriptor == self._forkserver_fd:
-                self._fork_events()
+            if descriptor == self._processes.fileno():
+                self._processes.events()
         now = begun = time.monotonic()
         while True:
             self._receive(now, outcomes)
@@ -340,7 +306,7 @@ class Pool:
                     if self.claim is not None:
                         calls = self._claimed(token, calls, now, outcomes)
                     if calls:
-                        self._send(self._workers[token], _encode([call.job() for call in calls]))
+                        self._send_to(token, _encode([call.job() for call in calls]))
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
             if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return outcomes
@@ -369,7 +335,7 @@ class Pool:
     def _receive(self, now: float, outcomes: list[Outcome]) -> None:
         while True:
             try:
-                if self._starting:
+                if self._processes.starting:
                     # Only whole frames tell who sent them; that costs, so it is done while it matters.
                     sender, frame = self._router.recv_multipart(zmq.NOBLOCK, copy=False)[:2]
                     self._message(sender.bytes, frame.bytes, _peer_pid(frame), now, outcomes)
@@ -382,22 +348,19 @@ class Pool:
     def _message(
         self, identity: bytes, message: bytes, peer_pid: int, now: float, outcomes: list[Outcome]
     ) -> None:
-        worker = self._by_identity.get(identity)
+        worker = self._processes.speaker(identity)
         if worker is None:
             return
         if not worker.ready:
             if message == READY:
-                worker.peer_pid = peer_pid
-                self._greet(worker, now)
+                self._processes.greet(worker, peer_pid)
             return
         try:
             answers = _answers.decode(message)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             self._kill(worker)  # it has lost its mind; the fork server will tell of its death
             return
-        if not worker.finished:
-            self._budget.recovered()
-        worker.finished += len(answers)
+        self._processes.worked(worker, len(answers))
         for answer in answers:
             outcome = self.dispatcher.answered(worker.token, answer, now)
             if outcome is not None:
@@ -405,20 +368,18 @@ class Pool:
             if answer.result is None and not answer.ends:
                 worker.finished -= 1
 
-    def _greet(self, worker: _Worker, now: float) -> None:
-        """A worker has said READY, and the fork server has told its pid: in any order, both must agree."""
-        if worker.pid and worker.peer_pid and worker.status is None and not worker.ready:
-            if worker.peer_pid != worker.pid:
-                worker.peer_pid = 0  # not the child that we started
-                return
-            worker.ready = True
-            self._starting -= 1
-            if self._stopping:
-                self._send(worker, STOP)
-            else:
-                self.dispatcher.worker_ready(worker.token, now)
+    def _worker_ready(self, worker: Worker) -> None:
+        if self._stopping:
+            self._send(worker, STOP)
+        else:
+            self.dispatcher.worker_ready(worker.token, time.monotonic())
 
-    def _send(self, worker: _Worker, message: bytes) -> None:
+    def _send_to(self, token: int, message: bytes) -> None:
+        worker = self._processes.get(token)
+        assert worker is not None, "the dispatcher has no worker that is settled"
+        self._send(worker, message)
+
+    def _send(self, worker: Worker, message: bytes) -> None:
         try:
             self._router.send_multipart([worker.identity, message], zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -430,38 +391,19 @@ class Pool:
     def _replace_spent(self, now: float) -> None:
         """Let workers exit that have run what they may; others take their places when they have."""
         for token in self.dispatcher.spent:
-            worker = self._workers.get(token)
+            worker = self._processes.get(token)
             if worker is not None and worker.status is None:
-                worker.stopping = True
-                self._leaving[token] = now + LEAVE_TIMEOUT
+                self._processes.leave(worker, now)
                 self._send(worker, STOP)
         self.dispatcher.spent.clear()
 
     # -- processes ----------------------------------------------------------------------------------
 
-    def _launch(self, now: float) -> None:
-        self._forkserver = ForkServer(
-            ["workers.worker", *self.modules],
-            paths=self.paths,
-            target=self.target,
-            cleanup=[self._folder],
-        )
-        self._forkserver.start()
-        self._forkserver_fd = self._forkserver.fileno()
-        self._poller.register(self._forkserver_fd, select.EPOLLIN)
-        for slot in range(self.size):
-            self._fork(slot, now)
-
-    def _fork(self, slot: int, now: float) -> None:
-        self._tokens += 1
-        worker = _Worker(self._tokens, slot, now)
-        self._workers[worker.token] = self._by_identity[worker.identity] = worker
-        self._starting += 1
-        self._scoreboard.clear(slot)
+    def _settings(self, worker: Worker) -> bytes:
         settings = Settings(
             endpoint=self._endpoint,
             identity=worker.identity,
-            slot=slot,
+            slot=worker.slot,
             slots=self.size,
             modules=self.modules,
             paths=self.paths,
@@ -471,71 +413,12 @@ class Pool:
             url=self.url,
             setup=self.setup,
         )
-        try:
-            self._forkserver.fork(worker.token, _encode(settings), [self._scoreboard.fd])
-        except OSError:  # out of descriptors
-            self._died(worker, 1, now)
+        return _encode(settings)
 
-    def _fork_events(self) -> None:
-        now = time.monotonic()
-        for event in self._forkserver.events():
-            match event:
-                case Forked(token, pid):
-                    worker = self._workers[token]
-                    worker.pid, worker.since = pid, now
-                    self._greet(worker, now)
-                case Exited(token, _, status, max_rss, cpu):
-                    self._died(self._workers[token], status, now, max_rss, cpu)
-                case ForkFailed(token, _):
-                    self._died(self._workers[token], 1, now)
-                case Failed(message, _):
-                    self.failure = message
-                case Gone():
-                    self._template_died(now)
-
-    def _template_died(self, now: float) -> None:
-        """All workers are dead with it. Start over, within the budget."""
-        self._poller.unregister(self._forkserver_fd)
-        self._forkserver.close()
-        for worker in self._workers.values():
-            if worker.status is None:
-                self._bury(worker, -signal.SIGKILL, now)
-        self._wanted.clear()
-        self._leaving.clear()
-        if self.failure is None and not self._stopping:
-            self._relaunch_later(now)
-
-    def _relaunch_later(self, now: float) -> None:
-        self._budget.note(now)
-        self._relaunch = now + self._budget.pause(now)
-
-    def _died(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
-        """A worker is dead: replace it now, settle what it held when its last words have been read."""
-        self._bury(worker, status, now, max_rss, cpu)
-        if status == UNFIT and not worker.ready and self.failure is None:
-            self.failure = "a worker could not be set up"
-        leaving = self._leaving.pop(worker.token, None)
-        if self._stopping or self.failure is not None:
-            return
-        if leaving is None:
-            self.restarts += 1
-        pause = 0.0
-        if not worker.finished and not worker.running.call:
-            if not worker.stopping:
-                self._budget.note(now)
-            pause = self._budget.pause(now)
-        if pause:
-            self._wanted[worker.slot] = now + pause
-        else:
-            self._fork(worker.slot, now)
-
-    def _bury(self, worker: _Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
-        worker.status, worker.max_rss, worker.cpu = status, max_rss, cpu
-        worker.running = self._scoreboard.read(worker.slot)
+    def _worker_died(self, worker: Worker) -> None:
+        """What it held is settled when its last words have been read."""
         self.dispatcher.retire(worker.token)
-        self._dead[worker.token] = (worker, now + _LAST_WORDS)
-        if not worker.ready:
-            self._starting -= 1
+        self._dead[worker.token] = (worker, time.monotonic() + _LAST_WORDS)
 
     def _settle_deaths(self, now: float, outcomes: list[Outcome]) -> None:
         silent = [w for w, latest in self._dead.values() if now >= latest or not self._still_connected(w)]
@@ -543,12 +426,12 @@ class Pool:
             # What came in between the last look and the end of the pipe.
             self._receive(now, outcomes)
         for worker in silent:
-            token = worker.token
-            del self._dead[token], self._workers[token], self._by_identity[worker.identity]
-            lost = functools.partial(_worker_lost, worker=worker, now=now)
-            outcomes += self.dispatcher.worker_lost(token, worker.running.call, lost)
+            del self._dead[worker.token]
+            self._processes.forget(worker)
+            lost = functools.partial(worker_lost, worker=worker, now=now)
+            outcomes += self.dispatcher.worker_lost(worker.token, worker.running.call, lost)
 
-    def _still_connected(self, worker: _Worker) -> bool:
+    def _still_connected(self, worker: Worker) -> bool:
         """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
         try:
             self._router.send_multipart([worker.identity, b""], zmq.NOBLOCK)
@@ -564,24 +447,7 @@ class Pool:
             outcomes += ended
             for doom in dooms:
                 self._carry_out(doom)
-        if self._relaunch is not None and self._relaunch <= now:
-            self._relaunch = None
-            try:
-                self._launch(now)
-            except OSError:  # out of processes, memory or descriptors
-                self._relaunch_later(now)
-        if self._wanted:
-            for slot in [slot for slot, when in self._wanted.items() if when <= now]:
-                del self._wanted[slot]
-                self._fork(slot, now)
-        if self._leaving:
-            for token in [token for token, latest in self._leaving.items() if latest <= now]:
-                del self._leaving[token]
-                self._kill(self._workers[token])
-        if self._starting:
-            for worker in self._hatching():
-                if now - worker.since >= START_TIMEOUT:
-                    self._kill(worker)
+        self._processes.tick(now, self._kill)
         if self.failure is not None and self.dispatcher.queued:
             outcomes += self.dispatcher.abandon(WorkerLost(f"no worker can be started: {self.failure}"))
 
@@ -601,10 +467,10 @@ class Pool:
         return True
 
     def _running(self, token: int) -> Running:
-        worker = self._workers.get(token)
+        worker = self._processes.get(token)
         if worker is None:
             return Running(0, 0.0)
-        slot = self._scoreboard.read(worker.slot) if worker.status is None else worker.running
+        slot = self._processes.slot(worker)
         return Running(slot.call, slot.started)
 
     def _running_of(self, number: int) -> Running:
@@ -612,43 +478,14 @@ class Pool:
         return Running(0, 0.0) if holder is None else self._running(holder)
 
     def _carry_out(self, doom: Doom) -> None:
-        worker = self._workers.get(doom.worker)
+        worker = self._processes.get(doom.worker)
         if worker is not None:
             worker.stopping = True
             self._kill(worker)
 
-    def _kill(self, worker: _Worker) -> None:
-        if worker.status is None and worker.pid and not worker.killed:
-            worker.killed = True
+    def _kill(self, worker: Worker) -> None:
+        if self._processes.kill(worker):
             self.dispatcher.retire(worker.token)
-            self._forkserver.kill(worker.pid)
-
-
-def _worker_lost(call: Call, worker: _Worker, now: float) -> WorkerLost:
-    status = worker.status or 0
-    if status < 0:
-        try:
-            how = f"was killed by {signal.Signals(-status).name}"
-        except ValueError:
-            how = f"was killed by signal {-status}"
-    else:
-        how = f"exited with status {status}"
-    receipt: dict[str, Any] = {
-        "pid": worker.pid,
-        "task": call.task,
-        "attempt": call.attempt - 1,
-        "signal": -status if status < 0 else None,
-        "exit_status": status if status >= 0 else None,
-        "ran_seconds": round(max(now - worker.running.started, 0.0), 6),
-        "max_rss": worker.max_rss,
-        "cpu_seconds": round(worker.cpu, 6),
-        "calls_before": worker.finished,
-    }
-    if worker.running.done or worker.running.total:
-        receipt["progress"] = {"done": worker.running.done, "total": worker.running.total}
-        if worker.running.note:
-            receipt["progress"]["note"] = printable(worker.running.note)
-    return WorkerLost(f"worker {worker.pid} {how} while it ran task {call.task}", receipt=receipt)
 
 
 def _peer_pid(frame: zmq.Frame) -> int:
