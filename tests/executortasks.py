@@ -48,6 +48,22 @@ def spin(n: int) -> int:
     return sum(range(n % 7 * 1000)) * 0 + n
 
 
+def tell(path: str, line: str) -> None:
+    """A line in a fifo, whole: it is shorter than PIPE_BUF."""
+    with open(path, "w") as fifo:
+        fifo.write(f"{line}\n")
+
+
+def tell_and_spin(path: str, n: int, steps: int) -> int:
+    tell(path, f"{n} {os.getpid()}")
+    return sum(range(steps * 20)) * 0 + n
+
+
+def tell_and_wait(path: str) -> None:
+    tell(path, str(os.getpid()))
+    time.sleep(1000)
+
+
 def nested() -> int:
     from workers import PoolExecutor
 

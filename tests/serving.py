@@ -180,6 +180,12 @@ class Fifo:
         assert select.select([self._fd], [], [], WAIT)[0], "nobody has told anything"
         return os.read(self._fd, 4096).decode()
 
+    def drain(self) -> None:
+        """Forget what tasks have told."""
+        with suppress(BlockingIOError):
+            while True:
+                os.read(self._fd, 4096)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

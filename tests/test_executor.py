@@ -2,12 +2,10 @@
 
 import asyncio
 import concurrent.futures as cf
-import contextlib
 import functools
 import gc
 import operator
 import os
-import random
 import select
 import signal
 import subprocess
@@ -18,24 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import executortasks as tasks
-import psutil
 import pytest
+from leftovers import state, workers
 
 from workers import PoolExecutor
 from workers.errors import CallCancelled, TaskError, WorkerLost
-from workers.executor import BrokenPool, CallLost
+from workers.executor import BrokenPool
 
 pytestmark = pytest.mark.process
 
 DEADLINE = 60.0
 """Seconds; nothing here waits for it unless it fails."""
-
-
-def state() -> tuple[int, int, int]:
-    """Descriptors, threads and children of this process."""
-    gc.collect()
-    children = psutil.Process().children()
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), len(children)
 
 
 @pytest.fixture(autouse=True)
@@ -61,16 +52,6 @@ def running(future: cf.Future[Any], fifo: str) -> None:
     """Wait until `hang` says that it runs."""
     assert Path(fifo).read_text() == "running\n"
     assert future.running()
-
-
-def workers() -> list[psutil.Process]:
-    """The worker processes that live now."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name() == "acomm-worker":
-                found.append(process)
-    return found
 
 
 # -- results
@@ -191,38 +172,6 @@ def test_what_cannot_be_pickled_is_the_futures_error(pool: PoolExecutor) -> None
     assert pool.submit(tasks.square, 2).result(DEADLINE) == 4
 
 
-MATRIX = [
-    (how, step)
-    for how in ("error", "exit", "os_exit", "segfault")
-    for step in ("dump", "load", "run", "dump result", "load result")
-    # These would end the program itself, as with any executor.
-    if not (how in ("os_exit", "segfault") and step in ("dump", "load result"))
-]
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_every_fault_at_every_step(size: int) -> None:
-    expected = {"error": ZeroDivisionError, "exit": SystemExit, "os_exit": CallLost, "segfault": CallLost}
-    with PoolExecutor(size) as pool:
-        for how, step in MATRIX:
-            me = os.getpid()
-            match step:
-                case "dump":
-                    future = pool.submit(tasks.echo, tasks.Evil(how, "pickle"))
-                case "load":
-                    future = pool.submit(tasks.echo, tasks.Evil(how, "child", me))
-                case "run":
-                    future = pool.submit(tasks.die, how)  # type: ignore[arg-type]
-                case "dump result":
-                    future = pool.submit(tasks.make_evil, how, "pickle", me)
-                case _:
-                    future = pool.submit(tasks.make_evil, how, "parent", me)
-            others = [pool.submit(tasks.square, n) for n in range(20)]
-            error = future.exception(DEADLINE)
-            assert type(error) is expected[how], (how, step)
-            assert [other.result(DEADLINE) for other in others] == [n * n for n in range(20)]
-
-
 def test_a_death_is_of_one_future_alone(pool: PoolExecutor) -> None:
     pids = {pool.submit(tasks.pid).result(DEADLINE) for _ in range(20)}
     lost = pool.submit(os.kill, 0, signal.SIGKILL)
@@ -231,21 +180,6 @@ def test_a_death_is_of_one_future_alone(pool: PoolExecutor) -> None:
     assert isinstance(error, WorkerLost) and isinstance(error, cf.BrokenExecutor)
     assert error.receipt and error.receipt["signal"] == 9 and error.receipt["pid"] in pids
     assert [other.result(DEADLINE) for other in others] == [n * n for n in range(1000)]
-
-
-def test_workers_killed_at_random() -> None:
-    rng = random.Random(7)
-    with PoolExecutor(2) as pool:
-        futures = [pool.submit(tasks.spin, n) for n in range(1000)]
-        for n in range(1000):
-            if rng.random() < 0.05:
-                for victim in rng.sample(found := workers(), min(1, len(found))):
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        victim.kill()
-            error = futures[n].exception(DEADLINE)
-            assert error is None or isinstance(error, CallLost)
-            assert error is not None or futures[n].result() == n
-        assert len({pool.submit(tasks.pid).result(DEADLINE) for _ in range(10)}) >= 1
 
 
 # -- kill, cancel, states
