@@ -64,6 +64,10 @@ def tell_and_wait(path: str) -> None:
     time.sleep(1000)
 
 
+def pid_and_threads() -> tuple[int, str]:
+    return os.getpid(), os.environ["OMP_NUM_THREADS"]
+
+
 def nested() -> int:
     from workers import PoolExecutor
 

@@ -290,6 +290,25 @@ def test_the_interpreters_end_waits() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("done None\n", "", 0)
 
 
+def test_a_managers_queue_and_the_name_in_logs(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing
+from workers import PoolExecutor
+
+def put_name(queue):
+    queue.put(multiprocessing.current_process().name)
+
+if __name__ == "__main__":
+    with multiprocessing.Manager() as manager, PoolExecutor(1) as pool:
+        queue = manager.Queue()
+        pool.submit(put_name, queue).result()
+        print(queue.get())
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.stdout, done.stderr, done.returncode) == ("PoolExecutor-1\n", "", 0)
+
+
 def test_initializer() -> None:
     with PoolExecutor(2, initializer=tasks.initialize, initargs=("set",)) as pool:
         assert pool.submit(tasks.initialized).result(DEADLINE) == ["set"]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import multiprocessing
 import os
 import select
 import threading
@@ -94,7 +95,8 @@ class PoolExecutor(concurrent.futures.Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
-        setup = dump((initializer, tuple(initargs)))
+        authkey = bytes(multiprocessing.current_process().authkey)
+        setup = dump((initializer, tuple(initargs), authkey))
         pool = Pool(
             tuple(preload),
             workers=max_workers,

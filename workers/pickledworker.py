@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing.process
 import os
 import sys
 from collections.abc import Callable
@@ -28,12 +29,15 @@ within = False
 
 
 def main(config: bytes, fds: list[int]) -> None:
-    """The forked worker's whole life. Its setup is a pickle of (initializer, initargs)."""
+    """The forked worker's whole life. Its setup is a pickle of (initializer, initargs, authkey)."""
     global within
     within = True
     settings = msgspec.msgpack.decode(config, type=Settings)
     try:
-        initializer, initargs = load(settings.setup)
+        initializer, initargs, authkey = load(settings.setup)
+        process = multiprocessing.process.current_process()
+        process.authkey = authkey  # the queues and proxies of the program's managers ask for it
+        process.name = f"PoolExecutor-{settings.slot + 1}"  # in logs
         if initializer is not None:
             initializer(*initargs)
     except BaseException:
