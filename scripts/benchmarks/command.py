@@ -17,10 +17,23 @@ FEWEST_ROUNDS = 5
 """Fewer have no median to speak of on a machine that does other things too."""
 
 
+POOL = "pool"
+"""Not a row: a comparison with tables of its own, which takes longer than all rows."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
+    if arguments[:1] == [POOL]:
+        from benchmarks.pools.command import run as compare_pools
+
+        return compare_pools(arguments[1:], machine(), _tell)
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure, as ratios within one run.")
-    parser.add_argument("row", nargs="*", metavar="ROW", help="which rows to measure (default: all)")
+    parser.add_argument(
+        "row",
+        nargs="*",
+        metavar="ROW",
+        help="which rows to measure (default: all); pool, with options of its own, is apart",
+    )
     parser.add_argument("--list", action="store_true", help="name the rows, and end")
     parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write every round's figures")
@@ -28,7 +41,10 @@ def run(arguments: Sequence[str]) -> int:
     if given.list:
         for row in ROWS.values():
             print(f"{row.name:10} {row.about}")
+        print(f"{POOL:10} process pools side by side, in many respects; see scripts/bench {POOL} --help")
         return 0
+    if POOL in given.row:
+        parser.error(f"{POOL} is measured by itself: scripts/bench {POOL} [OPTION...]")
     unknown = [name for name in given.row if name not in ROWS]
     if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")

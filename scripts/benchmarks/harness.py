@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 Figures = dict[str, float]
 """What one measurement found, by unit: {"calls/s": 31000.0}."""
@@ -87,7 +89,7 @@ def measure(row: Row, rounds: int, tell: Callable[[str], None]) -> list[Sample]:
         for number in range(rounds):
             for case in row.in_flight:
                 tell(f"{row.name}: round {number + 1} of {rounds}, {case} in flight")
-                for contender in _rotated(contenders, number):
+                for contender in rotated(contenders, number):
                     for unit, value in contender.measure(case, plan[case, contender.name]).items():
                         sample = (row.name, number, case, contender.name, contender.ours, unit, value)
                         samples.append(Sample(*sample))
@@ -102,7 +104,7 @@ def _calls_for(seconds: float, contender: Contender, in_flight: int) -> int:
     return max(calls, int(rate * seconds))
 
 
-def _rotated(contenders: Sequence[Contender], by: int) -> list[Contender]:
+def rotated(contenders: Sequence[T], by: int) -> list[T]:
     by %= len(contenders)
     return [*contenders[by:], *contenders[:by]]
 

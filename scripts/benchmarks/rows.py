@@ -27,7 +27,7 @@ from benchmarks import floor, hooks, http, strangers
 from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
-from workers import PoolExecutor, launch
+from workers import launch
 
 WORKERS = 2
 
@@ -231,18 +231,6 @@ def _http() -> Iterator[list[Contender]]:
         ]
 
 
-@contextmanager
-def _pool() -> Iterator[list[Contender]]:
-    with (
-        PoolExecutor(WORKERS) as ours,
-        ProcessPoolExecutor(WORKERS, get_context("forkserver")) as theirs,
-    ):
-        yield [
-            Contender("PoolExecutor", partial(executor_rate, ours), ours=True),
-            Contender("ProcessPoolExecutor", partial(executor_rate, theirs)),
-        ]
-
-
 ROWS = {
     row.name: row
     for row in (
@@ -250,7 +238,6 @@ ROWS = {
         Row("latency", "round trip of one call at a time", _latency, (1,), calls=2000),
         Row("strangers", "calls/s by programs that open a connection a message", _strangers, (1, 16, 64)),
         Row("http", "calls/s over HTTP, against web servers that echo by themselves", _http, (1, 16, 64)),
-        Row("pool", "calls/s of a program's own pool, without a supervisor", _pool, (1, 64, 4096)),
         Row("hooks", "99 good hooks, beside one that takes nothing", _hooks, (64,), seconds=2.0),
     )
 }
