@@ -52,6 +52,23 @@ def test_a_measurement_that_fails_says_why() -> None:
         comparison.measure(CASES["trip"], "nobody", 1, TURNS)
 
 
+def test_the_figures_of_the_others_survive_a_measurement_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(case: comparison.Case, name: str, size: int, turns: int) -> comparison.Result:
+        if name == STANDARD:
+            raise comparison.Failed("it is broken")
+        return comparison.Result({"submit": [100.0, ""]}, "", 1.0)
+
+    monkeypatch.setattr(comparison, "measure", measure)
+    samples, failures = comparison.compare(
+        [CASES["submit"]], [OURS, STANDARD], 1, lambda case: 1, TURNS, lambda what: None
+    )
+    assert [str(failure) for failure in failures] == ["it is broken"]
+    assert [(sample.contender, sample.value, sample.note) for sample in samples] == [
+        (OURS, 100.0, ""),
+        (STANDARD, None, "failed"),
+    ]
+
+
 @pytest.mark.process
 def test_the_command_writes_what_it_has_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = tmp_path / "document.md"

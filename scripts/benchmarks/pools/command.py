@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.pools.cases import CASES, Case
-from benchmarks.pools.comparison import Failed, compare
+from benchmarks.pools.comparison import compare
 from benchmarks.pools.contenders import CONTENDERS
 from benchmarks.pools.plot import draw
 from benchmarks.pools.report import Results, markdown, show
@@ -34,11 +35,7 @@ def run(arguments: Sequence[str], machine: str, tell: Callable[[str], None]) -> 
     cases = [CASES[name] for name in given.case or CASES]
     names = [name for name in CONTENDERS if name in (given.contender or CONTENDERS)]
     print(machine, flush=True)
-    try:
-        samples = compare(cases, names, rounds, _size(given.quick), turns_of(WORK), tell)
-    except Failed as error:
-        tell("")
-        parser.exit(1, f"{parser.prog}: a measurement failed: {error}\n")
+    samples, failures = compare(cases, names, rounds, _size(given.quick), turns_of(WORK), tell)
     tell("")
     results = Results(samples)
     show(results)
@@ -53,7 +50,9 @@ def run(arguments: Sequence[str], machine: str, tell: Callable[[str], None]) -> 
         write(Path(given.markdown), f"{said}\n\n{markdown(results)}")
     if given.plot:
         draw(results, given.plot, machine)
-    return 0
+    for failure in failures:
+        print(f"{parser.prog}: a measurement failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ class Failed(Exception):
     """A measurement did not come to a result, and not because its contender cannot."""
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
     figures: Mapping[str, Sequence[object]]
     cannot: str
     seconds: float
@@ -46,9 +46,10 @@ def compare(
     size_of: Callable[[Case], int],
     turns: int,
     tell: Callable[[str], None],
-) -> list[Sample]:
-    """All samples, of the contenders named and of the floors of each case. Raises Failed."""
+) -> tuple[list[Sample], list[Failed]]:
+    """All samples, of the contenders named and of the floors of each case; what failed has no figure."""
     samples: list[Sample] = []
+    failures: list[Failed] = []
     for number in range(rounds):
         took: dict[tuple[str, str], float] = {}
         for case in cases:
@@ -57,23 +58,27 @@ def compare(
                 continue
             for name in rotated([*names, *case.floors], number):
                 tell(f"round {number + 1} of {rounds}: {case.name}, {name}")
-                result = foreseen(case, name, took) or measure(case, name, size, turns)
+                try:
+                    result = foreseen(case, name, took) or measure(case, name, size, turns)
+                except Failed as failure:  # the others' figures are good, and took their time
+                    failures.append(failure)
+                    result = Result({}, "failed", 0.0)
                 took[case.name, name] = result.seconds
                 samples += _samples(number, case, name, result)
-    return samples
+    return samples, failures
 
 
-def foreseen(case: Case, name: str, took: Mapping[tuple[str, str], float]) -> _Result | None:
+def foreseen(case: Case, name: str, took: Mapping[tuple[str, str], float]) -> Result | None:
     """Why there is nothing to be measured, if that is known before."""
     if name in CONTENDERS and (why := CONTENDERS[name].missing()):
-        return _Result({}, why, 0.0)
+        return Result({}, why, 0.0)
     seconds = took.get((case.after, name), 0.0) * case.growth
     if seconds > LIMIT:
-        return _Result({}, f"would take {seconds:,.0f} s", seconds)
+        return Result({}, f"would take {seconds:,.0f} s", seconds)
     return None
 
 
-def _samples(number: int, case: Case, name: str, result: _Result) -> list[Sample]:
+def _samples(number: int, case: Case, name: str, result: Result) -> list[Sample]:
     if result.cannot:
         return [Sample(number, case.name, c.name, name, None, result.cannot) for c in case.columns]
     found = []
@@ -83,7 +88,7 @@ def _samples(number: int, case: Case, name: str, result: _Result) -> list[Sample
     return found
 
 
-def measure(case: Case, name: str, size: int, turns: int) -> _Result:
+def measure(case: Case, name: str, size: int, turns: int) -> Result:
     """One measurement, in a new process. Raises Failed."""
     arguments = [sys.executable, "-c", _PROGRAM, case.name, name, str(size), str(turns)]
     path = os.pathsep.join([str(_SCRIPTS.parent), str(_SCRIPTS), os.environ.get("PYTHONPATH", "")])
@@ -102,7 +107,7 @@ def measure(case: Case, name: str, size: int, turns: int) -> _Result:
             process.wait(LIMIT)
             seconds = time.monotonic() - started
         except subprocess.TimeoutExpired:
-            return _Result({}, f"no result in {LIMIT:.0f} s", LIMIT)
+            return Result({}, f"no result in {LIMIT:.0f} s", LIMIT)
         finally:
             _end(process)
         output.seek(0)
@@ -111,7 +116,7 @@ def measure(case: Case, name: str, size: int, turns: int) -> _Result:
             errors.seek(0)
             raise Failed(f"{case.name}, {name}: {errors.read().decode(errors='replace').strip()[-2000:]}")
         said = json.loads(lines[-1])
-        return _Result(said.get("figures", {}), said.get("cannot", ""), seconds)
+        return Result(said.get("figures", {}), said.get("cannot", ""), seconds)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -101,6 +101,9 @@ def rows(results: Results, table: Table) -> Iterator[tuple[str, list[str]]]:
             f"ours : {BEST}",
             [f"{text} {name}" if text else "" for text, name in zip(texts, best, strict=True)],
         )
+        for name in results.contenders(table):
+            if name not in CONTENDERS:
+                yield f"ours : {name}", [_ratio_text(results.ratio(column, name)) for column in columns]
 
 
 def cell_text(cell: Cell, form: str) -> str:

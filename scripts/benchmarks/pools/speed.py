@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -130,6 +131,8 @@ def _trips(seconds: list[float]) -> Figures:
 
 def echo(contender: Contender, repeats: int, *, megabytes: int) -> Figures:
     """An array there and back; the median of `repeats`, after two that do not count."""
+    if find_spec("numpy") is None:
+        raise Cannot("numpy is not installed")
     import numpy
 
     each = []
