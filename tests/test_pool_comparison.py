@@ -79,6 +79,8 @@ def test_the_command_writes_what_it_has_measured(tmp_path: Path, capsys: pytest.
     assert "workers and helpers" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [sample["column"] for sample in found["samples"]] == ["pool", "all"]
+    assert command.run(["--again", files[1], "--json", str(tmp_path / "again.json")], "", print) == 0
+    assert json.loads((tmp_path / "again.json").read_text()) == found
     text = document.read_text()
     assert text.startswith(f"before\n{command.BEGIN}`scripts/bench pool --quick")
     assert text.endswith(f"{command.END}after\n") and "| PoolExecutor |" in text and "old" not in text

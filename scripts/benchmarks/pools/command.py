@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.pools.cases import CASES, Case
-from benchmarks.pools.comparison import compare
-from benchmarks.pools.contenders import CONTENDERS
+from benchmarks.pools.comparison import Failed, compare
+from benchmarks.pools.contenders import CONTENDERS, NOT_INSTALLED
 from benchmarks.pools.plot import draw
 from benchmarks.pools.report import Results, markdown, show
+from benchmarks.pools.samples import Sample
 from benchmarks.pools.speed import turns_of
 
 BEGIN, END = "<!-- scripts/bench pool: begin -->\n", "<!-- scripts/bench pool: end -->\n"
@@ -31,28 +33,57 @@ def run(arguments: Sequence[str], machine: str, tell: Callable[[str], None]) -> 
     given = parser.parse_args(arguments)
     if given.plot and find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: run scripts/setup bench")
-    rounds = given.rounds or (1 if given.quick else ROUNDS)
-    cases = [CASES[name] for name in given.case or CASES]
-    names = [name for name in CONTENDERS if name in (given.contender or CONTENDERS)]
-    print(machine, flush=True)
-    samples, failures = compare(cases, names, rounds, _size(given.quick), turns_of(WORK), tell)
-    tell("")
-    results = Results(samples)
-    show(results)
-    missing = [name for name in names if CONTENDERS[name].missing()]
-    if missing:
-        print(f"not installed: {', '.join(missing)}; scripts/setup bench installs them")
-    if given.json:
-        found = {"machine": machine, "samples": [sample._asdict() for sample in samples]}
-        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
-    if given.markdown:
-        said = f"`{shlex.join(['scripts/bench', 'pool', *arguments])}`: {machine}; {_rounds(rounds)}."
-        write(Path(given.markdown), f"{said}\n\n{markdown(results)}")
-    if given.plot:
-        draw(results, given.plot, machine)
+    failures: list[Failed] = []
+    if given.again:
+        try:
+            found = _read(Path(given.again))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--again {given.again} is nothing that --json has written: {error}")
+    else:
+        command = shlex.join(["scripts/bench", "pool", *arguments])
+        rounds = given.rounds or (1 if given.quick else ROUNDS)
+        cases = [CASES[name] for name in given.case or CASES]
+        names = [name for name in CONTENDERS if name in (given.contender or CONTENDERS)]
+        samples, failures = compare(cases, names, rounds, _size(given.quick), turns_of(WORK), tell)
+        tell("")
+        found = Found(command, machine, rounds, samples)
+    _tell_all(found, given)
     for failure in failures:
         print(f"{parser.prog}: a measurement failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+class Found(NamedTuple):
+    """A whole comparison: what `--json` writes and `--again` reads."""
+
+    command: str
+    machine: str
+    rounds: int
+    samples: list[Sample]
+
+
+def _read(path: Path) -> Found:
+    """Raises OSError, ValueError, KeyError or TypeError for what is no such file."""
+    said = json.loads(path.read_text())
+    samples = [Sample(**sample) for sample in said["samples"]]
+    return Found(said["command"], said["machine"], said["rounds"], samples)
+
+
+def _tell_all(found: Found, given: argparse.Namespace) -> None:
+    """Show it, and write and draw what is asked for."""
+    results = Results(found.samples)
+    print(found.machine)
+    show(results)
+    if any(sample.note == NOT_INSTALLED for sample in found.samples):
+        print("scripts/setup bench installs what is missing")
+    if given.json:
+        all_of_it = {**found._asdict(), "samples": [sample._asdict() for sample in found.samples]}
+        Path(given.json).write_text(json.dumps(all_of_it, indent=1) + "\n")
+    if given.markdown:
+        said = f"`{found.command}`: {found.machine}; {_rounds(found.rounds)}."
+        write(Path(given.markdown), f"{said}\n\n{markdown(results)}")
+    if given.plot:
+        draw(results, given.plot, found.machine)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,13 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--markdown", metavar="FILE", help="write the tables, between their marks if FILE has them"
     )
+    parser.add_argument("--again", metavar="FILE", help="measure nothing: show what --json has written")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them")
     return parser
 
 
 def _at_least_one(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("1 or more is needed")
+    if not text.isdecimal() or (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"a number of rounds, 1 or more, is needed, not {text!r}")
     return number
 
 

@@ -19,6 +19,9 @@ WARM_LIMIT = 30.0
 """Seconds in which both workers of a pool must have answered."""
 
 
+NOT_INSTALLED = "not installed"
+
+
 class Cannot(Exception):
     """A contender cannot do what is to be measured; the text is the cell of the table."""
 
@@ -55,7 +58,7 @@ class Contender:
     def missing(self) -> str:
         """Why it cannot be measured on this machine, if it cannot."""
         if self.package and find_spec(self.package) is None:
-            return "not installed"
+            return NOT_INSTALLED
         return ""
 
     @property
@@ -210,7 +213,7 @@ _SUBMIT = "pool.submit(identity, 1).result()"
 _STANDARD = "import multiprocessing\nfrom concurrent.futures import ProcessPoolExecutor"
 
 OURS = "PoolExecutor"
-STANDARD = "ProcessPoolExecutor, fork"
+STANDARD = "ProcessPoolExecutor (fork)"
 """What ours is compared with first: the standard library's, as it is by default before Python 3.14."""
 
 CONTENDERS = {
@@ -225,14 +228,14 @@ CONTENDERS = {
             _SUBMIT,
         ),
         Contender(
-            "ProcessPoolExecutor, forkserver",
+            "ProcessPoolExecutor (forkserver)",
             lambda: _standard("forkserver"),
             _STANDARD,
             "ProcessPoolExecutor(2, multiprocessing.get_context('forkserver'))",
             _SUBMIT,
         ),
         Contender(
-            "multiprocessing.Pool, fork",
+            "multiprocessing.Pool (fork)",
             _multiprocessing,
             "import multiprocessing",
             "multiprocessing.get_context('fork').Pool(2)",

@@ -12,6 +12,9 @@ from benchmarks.pools.report import Results
 ACROSS = 4
 """Panels in a line."""
 
+WIDE = 50
+"""Times the least figure that the greatest may be, before a panel's scale is logarithmic."""
+
 _FLOOR = "#bbbbbb"
 
 
@@ -35,8 +38,13 @@ def draw(results: Results, path: str, machine: str) -> None:
         _lines(panel, results, table)
     for panel in panels[len(bars) + len(lines) :]:
         panel.set_axis_off()
+    if lines:
+        # The bars have their names beside them; the lines have theirs where there is room.
+        panels[min(len(bars) + len(lines), len(panels) - 1)].legend(
+            *panels[len(bars)].get_legend_handles_labels(), fontsize=8, loc="center left"
+        )
     figure.suptitle(f"Two workers each; median, least and most of the rounds\n{machine}", fontsize=11)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
     pyplot.close(figure)
 
 
@@ -61,10 +69,17 @@ def _bars(panel: Any, results: Results, table: Table, column: Column) -> None:
     panel.set_yticks(range(len(names)), names, fontsize=7)
     for label in panel.get_yticklabels():
         label.set_fontweight("bold" if label.get_text() == OURS else "normal")
+    panel.set_ylim(-0.6, len(names) - 0.4)
     panel.margins(x=0.25)
     panel.tick_params(axis="x", labelsize=7)
-    panel.xaxis.set_major_locator(MaxNLocator(4))
-    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    found = [cell.figure.median for name in names if (cell := results.cell(column, name)).figure]
+    if found and min(found) > 0 and max(found) > WIDE * min(found):
+        panel.set_xscale("log")
+        panel.set_xlim(min(found) / 2, 6 * max(found))
+        panel.minorticks_off()
+    else:
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panel.set_title(f"{table.title}: {column.heading}", fontsize=8, fontweight="bold")
     panel.set_xlabel(table.about, fontsize=7)
 
@@ -89,7 +104,6 @@ def _lines(panel: Any, results: Results, table: Table) -> None:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.tick_params(labelsize=7)
-    panel.legend(fontsize=6)
     panel.set_title(table.title, fontsize=8, fontweight="bold")
     panel.set_xlabel(table.about, fontsize=7)
 
