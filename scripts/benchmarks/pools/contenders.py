@@ -203,7 +203,7 @@ def _mpire() -> Iterator[Pool]:
 
 @contextmanager
 def _joblib() -> Iterator[Pool]:
-    import joblib  # type: ignore[import-untyped]
+    import joblib
 
     with joblib.Parallel(n_jobs=WORKERS) as parallel:
         yield _Joblib(parallel, joblib.delayed)
