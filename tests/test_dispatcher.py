@@ -66,6 +66,7 @@ def empty(dispatcher: Dispatcher) -> bool:
     tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes)
     timers = (dispatcher._deadlines, dispatcher._limits, dispatcher._backoff)
     counters = (dispatcher.queued, dispatcher.assigned, dispatcher._stale, len(dispatcher))
+    tables = (*tables, dispatcher._sharing)
     return not any(tables) and not any(map(len, timers)) and not any(counters)
 
 
@@ -334,6 +335,167 @@ def test_waiting_limited_calls_can_be_cancelled_and_abandoned() -> None:
     outcomes = dispatcher.abandon(ShuttingDown("bye"))
     assert {outcome.call for outcome in outcomes} == set(waiting) - {waiting[3]}
     done(dispatcher, 1, running)
+    assert empty(dispatcher)
+
+
+# -- calls that share a run
+
+
+def keyed(key: str = "a", **options: object) -> Call:
+    return call(key=key.encode(), **options)
+
+
+def ended(dispatcher: Dispatcher, outcome: Outcome | None) -> dict[Call, object]:
+    """What has ended with an outcome: result or error of each call."""
+    assert outcome is not None
+    outcomes = [outcome, *dispatcher.shared]
+    dispatcher.shared.clear()
+    return {outcome.call: outcome.result or outcome.error for outcome in outcomes}
+
+
+def test_calls_of_one_key_have_one_run_and_each_its_outcome() -> None:
+    dispatcher = taught(2, tiny=1.0)
+    first, second, other = keyed(), keyed(), keyed("b")
+    for item in (first, second, other):
+        dispatcher.submit(item)
+    assert dispatcher.queued == len(dispatcher) == 2
+    (run,), (alone,) = assigned(dispatcher).values()
+    third = keyed()
+    dispatcher.submit(third)  # it runs, and can be joined yet
+    assert dispatcher.queued == 0
+    assert {dispatcher.holder(item.number) for item in (first, second, third, run)} == {1}
+    outcome = dispatcher.answered(1, Answer(run.number, 1.0, b"7"), 0.0)
+    assert ended(dispatcher, outcome) == {first: b"7", second: b"7", third: b"7"}
+    dispatcher.submit(again := keyed())  # nothing is kept of a run that has ended
+    (new,) = assigned(dispatcher)[1]
+    assert new is again.run is not run
+    assert ended(dispatcher, dispatcher.answered(1, Answer(new.number, 1.0, b"8"), 0.0)) == {again: b"8"}
+    assert ended(dispatcher, dispatcher.answered(2, Answer(alone.number, 1.0, b"9"), 0.0)) == {other: b"9"}
+    assert empty(dispatcher)
+
+
+def test_a_shared_run_is_retried_and_fails_for_all() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    first, second = keyed(retries=1), keyed(retries=1)
+    for item in (first, second):
+        dispatcher.submit(item)
+    (run,) = assigned(dispatcher)[1]
+    assert dispatcher.answered(1, Answer(run.number, 1.0, None, RAISED), 0.0) is None
+    dispatcher.submit(third := keyed())
+    dispatcher.due(0.0, idle)
+    assert assigned(dispatcher) == {1: [run]}
+    outcomes = ended(dispatcher, dispatcher.answered(1, Answer(run.number, 1.0, None, RAISED), 0.0))
+    assert outcomes.keys() == {first, second, third}
+    assert {type(error) for error in outcomes.values()} == {TaskError}
+    assert empty(dispatcher)
+
+
+def test_a_shared_run_whose_worker_dies_is_paid_for_once() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    first, second = keyed(crashes=1), keyed(crashes=1)
+    for item in (first, second):
+        dispatcher.submit(item)
+    for worker in (1, 2):
+        (run,) = assigned(dispatcher)[worker]
+        outcomes = dispatcher.worker_lost(worker, run.number, lost)
+        dispatcher.worker_ready(worker + 1, 0.0)
+    (outcome,) = outcomes
+    assert {type(error) for error in ended(dispatcher, outcome).values()} == {Poisoned}
+    assert first.settled and second.settled and empty(dispatcher)
+
+
+@pytest.mark.parametrize("state", ["queued", "limited", "held", "running", "backoff"])
+def test_a_run_is_given_up_with_the_last_who_wants_it(state: str) -> None:
+    dispatcher = taught(1, tiny=1.0)
+    options = {"retries": 1, "concurrency": 1 if state == "limited" else None}
+    first, second = keyed(**options), keyed(**options)
+    for item in (first, second):
+        dispatcher.submit(item)
+    run = first.run
+    assert run is not None
+    runs = IDLE
+    if state in ("held", "running", "backoff"):
+        assert assigned(dispatcher) == {1: [run]}
+        runs = Running(run.number, 0.0) if state == "running" else IDLE
+    if state == "backoff":
+        dispatcher.answered(1, Answer(run.number, 1.0, None, RAISED), 0.0)
+    left = dispatcher.cancel(first.number, 0.0, runs)
+    assert isinstance(left, Outcome) and left.call is first and isinstance(left.error, CallCancelled)
+    assert not run.settled and dispatcher.cancel(first.number, 0.0, runs) is None
+    what = dispatcher.cancel(second.number, 0.0, runs)
+    if state == "running":
+        assert isinstance(what, Doom) and not second.settled
+        dispatcher.submit(third := keyed())  # not to a run that is being killed
+        assert third.run is not run
+        (what,) = dispatcher.worker_lost(1, run.number, lost)
+        dispatcher.worker_ready(2, 0.0)
+        (again,) = assigned(dispatcher)[2]
+        assert ended(dispatcher, dispatcher.answered(2, Answer(again.number, 1.0, b"1"), 0.0)) == {
+            third: b"1"
+        }
+    assert isinstance(what, Outcome) and what.call is second and isinstance(what.error, CallCancelled)
+    if state == "held":
+        assert dispatcher.answered(1, Answer(run.number, 1.0, b"1"), 0.0) is None
+    assert dispatcher.shared == []
+    assert not dispatcher.assigned and assigned(dispatcher) == {}
+    assert empty(dispatcher)
+
+
+def test_each_deadline_ends_its_own_request() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    items = [keyed(deadline=1.0), keyed(deadline=2.0), keyed(deadline=3.0)]
+    for item in items:
+        dispatcher.submit(item)
+    (run,) = assigned(dispatcher)[1]
+    assert run.job().deadline == 3.0
+    running = Running(run.number, 0.0)
+    for now, item in ((1.0, items[0]), (2.0, items[1])):
+        outcomes, dooms = dispatcher.due(now, lambda worker: running)
+        assert [(outcome.call, type(outcome.error)) for outcome in outcomes] == [(item, CallTimeout)]
+        assert dooms == []
+    outcomes, dooms = dispatcher.due(3.0, lambda worker: running)
+    assert outcomes == [] and [doom.worker for doom in dooms] == [1]
+    (outcome,) = dispatcher.worker_lost(1, run.number, lost)
+    assert outcome.call is items[2] and isinstance(outcome.error, CallTimeout)
+    assert empty(dispatcher)
+
+
+def test_the_deadline_of_who_waits_without_one_is_none() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    for item in (keyed(deadline=1.0), keyed(), keyed(deadline=9.0)):
+        dispatcher.submit(item)
+    assert assigned(dispatcher)[1][0].job().deadline is None
+
+
+@pytest.mark.parametrize("concurrency", [None, 1])
+def test_a_higher_priority_lifts_the_run_while_it_waits(concurrency: int | None) -> None:
+    dispatcher = taught(1, tiny=1.0)
+    first, plain, urgent = keyed(concurrency=concurrency), call(), call(priority=1)
+    for item in (first, plain, urgent, keyed(priority=-1), keyed(priority=2), keyed(priority=1)):
+        dispatcher.submit(item)
+    run = first.run
+    assert run is not None and run.priority == 2
+    assert assigned(dispatcher) == {1: [run]}
+    dispatcher.submit(keyed(priority=3))
+    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_ready(2, 0.0)
+    assert assigned(dispatcher) == {2: [run]}
+    outcome = dispatcher.answered(2, Answer(run.number, 1.0, b"1"), 0.0)
+    assert len(ended(dispatcher, outcome)) == 5
+    for expected in (urgent, plain):
+        assert assigned(dispatcher) == {2: [expected]}
+        done(dispatcher, 2, expected)
+    assert empty(dispatcher)
+
+
+def test_waiting_shared_runs_are_abandoned_for_all() -> None:
+    dispatcher = taught(0)
+    items = [keyed(), keyed(), keyed("b", concurrency=1)]
+    for item in items:
+        dispatcher.submit(item)
+    outcomes = [*dispatcher.abandon(ShuttingDown("bye")), *dispatcher.shared]
+    dispatcher.shared.clear()
+    assert {outcome.call for outcome in outcomes} == set(items)
     assert empty(dispatcher)
 
 
@@ -737,6 +899,8 @@ class Machine(RuleBasedStateMachine):
         self.streamed: set[Call] = set()
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
+        outcomes = [*outcomes, *self.dispatcher.shared]
+        self.dispatcher.shared.clear()
         for outcome in outcomes:
             assert outcome.call in self.calls and outcome.call not in self.ended
             if outcome.stream is not None:
@@ -777,6 +941,7 @@ class Machine(RuleBasedStateMachine):
         crashes=st.integers(0, 2),
         backoff=st.sampled_from([None, 0.0, 0.5]),
         count=st.sampled_from([1, 1, 4]),
+        key=st.sampled_from([None, None, None, b"a", b"b"]),
     )
     def submit(
         self,
@@ -788,6 +953,7 @@ class Machine(RuleBasedStateMachine):
         crashes: int,
         backoff: float | None,
         count: int,
+        key: bytes | None,
     ) -> None:
         for _ in range(count):
             new = Call(
@@ -800,6 +966,7 @@ class Machine(RuleBasedStateMachine):
                 crashes=crashes,
                 backoff=None if backoff is None else lambda failed: backoff,
                 concurrency=LIMITS.get(task) if self.limited else None,
+                key=key,
             )
             self.calls.append(new)
             assert self.dispatcher.submit(new) == new.number
@@ -851,6 +1018,9 @@ class Machine(RuleBasedStateMachine):
         self.begin(pick)
         worker = self.some(pick)
         if worker is not None and (child := self.children[worker]).running is not IDLE:
+            item = self.dispatcher.call(child.running.call)
+            if item is not None and item.key is not None:
+                return  # no task that streams has a key
             failure = None if stream else Failure(ABANDONED, "")
             child.answers.append(Answer(child.running.call, 0.0, None, failure, stream))
 
@@ -921,7 +1091,7 @@ class Machine(RuleBasedStateMachine):
         runs = self.runs(holder) if holder else IDLE
         what = self.dispatcher.cancel(item.number, self.now, runs)
         if isinstance(what, Doom):
-            assert runs.call == item.number and item not in self.ended
+            assert runs.call == (item.run or item).number and item not in self.ended
             self.obey([what])
         else:
             assert (what is None) == (item in self.ended)
@@ -955,7 +1125,10 @@ class Machine(RuleBasedStateMachine):
         live += dispatcher._lanes.waiting()
         assert dispatcher.queued == len(live) + len(dispatcher._backoff)
         assert dispatcher._stale == stale
-        assert len(dispatcher) == len(self.calls) - len(self.ended)
+        unfinished = [item for item in self.calls if item not in self.ended]
+        assert len(dispatcher) == len({item.run or item for item in unfinished})
+        assert dispatcher._sharing.members.keys() == {item.number for item in unfinished if item.key}
+        assert dispatcher.shared == []
         assert len({id(item) for item in (*held, *live)}) == len(held) + len(live)
 
     @invariant()

@@ -155,6 +155,16 @@ def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, st
 
 
 @pytest.mark.process
+def test_the_shared_runs_in_the_guide_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared.py").write_text(block_with("def report").replace("...", "return user + color"))
+    monkeypatch.chdir(tmp_path)
+    with launch("shared", workers=1) as client:
+        calls = [client.submit("report", *arguments) for arguments in (["ann"], ["ann", "today", "red"])]
+        assert calls[0].result(60) == "annblue"
+        assert calls[1].result(60) in ("annblue", "annred")  # the first may have ended
+
+
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("node") is None, reason="the client is for Node.js")
 def test_the_client_in_the_protocol_runs(served: dict[str, str], tmp_path: Path) -> None:
     (program,) = blocks("docs/protocol.md", "js")

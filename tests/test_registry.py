@@ -79,7 +79,7 @@ def _plain(a: int) -> int:
     return a
 
 
-renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4)(_plain)
+renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4, key="a")(_plain)
 
 
 def refusal(item: Task[..., Any], raw: bytes) -> str:
@@ -136,6 +136,11 @@ def test_options_and_coroutines():
         {"concurrency": True},
         {"concurrency": 1.5},
         {"retry": 3},
+        {"key": 1},
+        {"key": ()},
+        {"key": ("a", "a")},
+        {"key": ["a", 1]},
+        {"key": "b"},
         {"name": ""},
         {"name": "a/b"},
         {"name": "a\0b"},
@@ -155,6 +160,54 @@ def test_a_soft_limit_is_not_for_streams():
         @task(soft_timeout=1)
         def items():
             yield 1
+
+
+def test_a_key_is_not_for_streams():
+    with pytest.raises(ValueError, match="key is not for tasks that stream"):
+
+        @task(key="a")
+        def items(a: int):
+            yield a
+
+
+@pytest.mark.parametrize(
+    ("key", "fault"),
+    [
+        ("day", "names 'day', which is no parameter of its own; it has a, b, c"),
+        ("rest", "names 'rest', which is no parameter of its own"),
+        ("more", "names 'more', which is no parameter of its own"),
+        ("c", "names c, whose default <object"),
+    ],
+)
+def test_a_key_that_cannot_be_read_is_refused_at_decoration(key, fault):
+    with pytest.raises(ValueError, match=f"task keyed: key {fault}"):
+
+        @task(key=key)
+        def keyed(a: int, *rest: int, b: int, c: object = object(), **more: int) -> None: ...
+
+
+def test_calls_with_equal_values_have_the_same_key():
+    @task(key=("user", "when"))
+    def report(user: str, /, color: str = "red", *, when: datetime.date | None = None, point: Any = 1): ...
+
+    key = report.call_key(b'["ann", "blue"]')
+    assert key == report.call_key(b' {"when": null , "color": "\\u0062lue", "user": "ann"} ')
+    others = [b'["bob"]', b'{"user": "ann", "when": "2024-01-01"}']
+    assert len({key, *map(report.call_key, others)}) == 3
+    with pytest.raises(BadArgs, match="missing argument user"):
+        report.call_key(b"[]")
+    assert add.call_key(b"no JSON") is None
+
+
+def test_keys_are_of_values_not_of_their_spelling():
+    @task(key="value")
+    def anything(value: Any, *rest: int) -> None: ...
+
+    one = anything.call_key(b'[{"a": 1, "b": [true, null]}]')
+    assert one == anything.call_key(b'{"value": {"b":[true,null],"a":1}}')
+    assert one != anything.call_key(b'[{"a": true, "b": [true, null]}]')
+    large = anything.call_key(b'["%s"]' % (b"x" * 1_000_000))
+    assert len(large) == 32 and large != anything.call_key(b'["%s"]' % (b"x" * 1_000_001))
 
 
 def test_unknown_options_are_refused():
@@ -190,7 +243,8 @@ def test_a_task_under_another_name_than_its_function_is_rebuilt():
     again = pickle.loads(pickle.dumps(renamed))
     assert again.function is _plain
     assert (again.name, again.timeout, again.priority, again.retry) == ("renamed", 3, 2, Retry(1))
-    assert again.concurrency == 4
+    assert again.concurrency == 4 and again.key == ("a",)
+    assert again.call_key(b"[1]") == renamed.call_key(b'{"a": 1}')
 
 
 # Retry
@@ -673,6 +727,7 @@ def test_schema():
         "soft_timeout": None,
         "priority": 0,
         "concurrency": None,
+        "key": None,
     }
 
 

@@ -87,6 +87,9 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     any number). `rank` is what it is queued by instead of its number, once it was put back in front.
     `streaming` is the URL of the call's own stream once it has one; `abandoned` is set when that has lost its
     consumer.
+
+    Calls of a task that have the same `key` share a run while it is queued or runs: another Call, in their
+    `run`, which has them all in `sharers`, by their numbers. See `workers.sharing`.
     """
 
     task: str
@@ -110,6 +113,9 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     settled: bool = False
     streaming: str = ""
     abandoned: bool = False
+    key: bytes | None = None
+    run: Call | None = None
+    sharers: dict[int, Call] | None = None
 
     @property
     def attempt(self) -> int:

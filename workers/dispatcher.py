@@ -15,6 +15,9 @@ how long it takes.
 
 Of a task with a concurrency limit workers hold so many calls at most; the others wait in a lane, and no
 other task's calls wait for them.
+
+Calls with a key share a run (`workers.sharing`): that is what is queued and assigned, and when it ends, all
+of them have its outcome.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from acomm.deadlines import Deadlines
 from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
 from workers.lanes import Lanes, turn
+from workers.sharing import Shared
 
 WINDOW = 0.002
 """Seconds of predicted work that a worker may hold: longer than a round trip to the supervisor, so that a
@@ -82,7 +86,9 @@ class Dispatcher:
     """The table of all calls and workers.
 
     Every call that is submitted comes back in exactly one Outcome that ends it, from one of `answered`,
-    `worker_lost`, `cancel`, `due` or `abandon`; before that, `answered` may say that it streams. `queued`
+    `worker_lost`, `cancel`, `due` or `abandon`; before that, `answered` may say that it streams. Where one of
+    them ends a run that several calls share, it returns the outcome of one, and adds those of the others to
+    `shared`, which whoever drives this empties. `queued`
     counts the calls that wait for a worker or for their backoff, `assigned` those that workers hold,
     given-up ones included. `spent` lists the workers that have run their `max_tasks` calls (None: any number)
     and are to be replaced, until it is cleared.
@@ -95,6 +101,7 @@ class Dispatcher:
         self.max_window = max_window
         self.max_tasks = max_tasks
         self.spent: list[int] = []
+        self.shared: list[Outcome] = []
         self.queued = 0
         self.assigned = 0
         self._workers: dict[int, _Worker] = {}
@@ -102,6 +109,7 @@ class Dispatcher:
         self._order: list[int] = []
         self._lanes = Lanes()
         self._open = self._lanes.open  # looked at for every call
+        self._sharing = Shared()
         self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -115,18 +123,21 @@ class Dispatcher:
         return f"<Dispatcher {len(self._workers)} workers, {self.queued} queued, {self.assigned} assigned>"
 
     def __len__(self) -> int:
-        """Calls that have not ended."""
+        """Calls that have not ended; those that share a run are one."""
         return len(self._calls)
 
     # -- calls --------------------------------------------------------------------------------------
 
     def submit(self, call: Call) -> int:
         """Take a call; returns its number. A further attempt has another: cancel by `call.number`."""
-        self._number(call)
+        if call.key is not None:
+            return self._share(call)
+        number = call.number = next(self._numbers)
+        self._calls[number] = call
         if call.deadline is not None:
-            self._deadlines.set(call.number, call.deadline)
+            self._deadlines.set(number, call.deadline)
         self._enqueue(call)
-        return call.number
+        return number
 
     def cancel(
         self, number: int, now: float, running: Running, error: AcommError | None = None
@@ -134,10 +145,15 @@ class Dispatcher:
         """Give up a call. One that does not run has its outcome at once; for a running one, the worker to
         kill is returned, and the outcome comes with its death. None: there is no such call.
         """
-        call = self._calls.get(number)
+        call = self._calls.get(number) or self._sharing.members.get(number)
         if call is None:
             return None
         error = error or CallCancelled(f"call of task {call.task} was cancelled")
+        if call.run is not None:
+            if self._sharing.leave(call):
+                return self._settle_member(call, None, error)
+            call = call.run
+            number = call.number
         worker = self._holder.get(number)
         if worker is not None and running.call == number:
             return self._doom(worker, number, error)
@@ -170,7 +186,10 @@ class Dispatcher:
         return outcomes
 
     def holder(self, number: int) -> int | None:
-        """The worker that holds a call."""
+        """The worker that holds a call, or the run that it shares."""
+        member = self._sharing.members.get(number)
+        if member is not None and member.run is not None:
+            number = member.run.number
         worker = self._holder.get(number)
         return None if worker is None else worker.id
 
@@ -377,10 +396,10 @@ class Dispatcher:
         outcomes: list[Outcome] = []
         dooms: list[Doom] = []
         for number in self._deadlines.expired(now):
-            call = self._calls[number]
+            call = self._calls.get(number) or self._sharing.members[number]
             error = CallTimeout(f"the request timed out; task {call.task} had not finished")
-            holder = self._holder.get(number)
-            what = self.cancel(number, now, running(holder.id) if holder else Running(0, 0.0), error)
+            holder = self.holder(number)
+            what = self.cancel(number, now, Running(0, 0.0) if holder is None else running(holder), error)
             if isinstance(what, Outcome):
                 outcomes.append(what)
             elif what is not None:
@@ -427,7 +446,7 @@ class Dispatcher:
         self._deadlines.discard(call.number)
         self._number(call)
         call.rank = 0
-        if call.deadline is not None:
+        if call.deadline is not None and call.sharers is None:
             self._deadlines.set(call.number, call.deadline)
 
     def _enqueue(self, call: Call, *, front: bool = False) -> None:
@@ -480,6 +499,45 @@ class Dispatcher:
     def _settle(self, call: Call, result: bytes | None, error: AcommError | None) -> Outcome:
         call.settled = True
         del self._calls[call.number]
+        if call.sharers is not None:
+            first, *others = self._sharing.end(call)
+            self.shared += [self._settle_member(member, result, error) for member in others]
+            return self._settle_member(first, result, error)
+        if call.deadline is not None:
+            self._deadlines.discard(call.number)
+        return Outcome(call, result, error)
+
+    # -- calls that share a run
+
+    def _share(self, call: Call) -> int:
+        """Take a call with a key: it joins the run of that key, or is the first of a new one. A run that
+        waits goes where the highest priority of its members belongs, behind the calls that are there.
+        """
+        call.number = next(self._numbers)
+        if call.deadline is not None:
+            self._deadlines.set(call.number, call.deadline)
+        run, new = self._sharing.join(call)
+        if new:
+            self._number(run)
+            self._enqueue(run)
+        elif call.priority > run.priority:
+            self._raise(run, call.priority)
+        return call.number
+
+    def _raise(self, run: Call, priority: int) -> None:
+        if run.number in self._holder or run.number in self._backoff:
+            run.priority = priority
+            return
+        self.queued -= 1
+        if run.concurrency is not None:
+            self._lanes.remove(run)
+        else:
+            self._queues[run.priority].remove(run)  # a search, which few calls pay for
+        run.priority, run.rank = priority, 0
+        self._enqueue(run)
+
+    def _settle_member(self, call: Call, result: bytes | None, error: AcommError | None) -> Outcome:
+        call.settled = True
         if call.deadline is not None:
             self._deadlines.discard(call.number)
         return Outcome(call, result, error)

@@ -240,6 +240,7 @@ class Pool:
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is that has not ended."""
+        call = call.run or call
         holder = self.dispatcher.holder(call.number)
         worker = None if holder is None else self._processes.get(holder)
         slot = None if worker is None else self._processes.slot(worker)
@@ -307,6 +308,9 @@ class Pool:
                         calls = self._claimed(token, calls, now, outcomes)
                     if calls:
                         self._send_to(token, _encode([call.job() for call in calls]))
+            if self.dispatcher.shared:
+                outcomes += self.dispatcher.shared
+                self.dispatcher.shared.clear()
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
             if not int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return outcomes

@@ -11,19 +11,21 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import math
 import random as random_module
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from acomm.jsontext import encode
 from acomm.messages import RESERVED
+from workers import callkey, options
+from workers.callkey import CallKey
 from workers.errors import ConfigError, TaskError, TooLarge, printable
+from workers.options import checked, is_int, is_seconds
 from workers.signature import Bound, Parameters, RawArgs
 from workers.taskview import TaskView
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
-_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency")
+_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency", "key")
 """What `@task` takes, and a Task keeps as attributes."""
 
 P = ParamSpec("P")
@@ -59,11 +61,11 @@ class Retry:
     def __post_init__(self) -> None:
         for field in ("times", "crashes"):
             value = getattr(self, field)
-            if not _is_int(value) or value < 0:
+            if not is_int(value) or value < 0:
                 raise ValueError(f"{field} must be a whole number, 0 or more, not {value!r}")
         for field in ("backoff", "max_backoff"):
             value = getattr(self, field)
-            if not _is_seconds(value) or value < 0:
+            if not is_seconds(value) or value < 0:
                 raise ValueError(f"{field} must be seconds, 0 or more, not {value!r}")
         given: Any = self.on
         on = (given,) if isinstance(given, type) else tuple(given)
@@ -98,36 +100,37 @@ class Task(Generic[P, R]):
         priority: int = 0,
         retry: Retry | None = None,
         concurrency: int | None = None,
+        key: str | Sequence[str] | None = None,
     ) -> None:
         _check_function(function)
         # First, as it copies the function's own attributes, which must not replace ours.
         functools.update_wrapper(self, function)
         self.function = function
         self.name = _checked_name(getattr(function, "__name__", "") if name is None else name)
-        if timeout is not None and (not _is_seconds(timeout) or timeout <= 0):
-            raise ValueError(f"task {self.name}: timeout must be seconds above 0, not {timeout!r}")
-        if soft_timeout is not None and (not _is_seconds(soft_timeout) or soft_timeout <= 0):
-            raise ValueError(f"task {self.name}: soft_timeout must be seconds above 0, not {soft_timeout!r}")
-        if soft_timeout is not None and timeout is not None and soft_timeout >= timeout:
-            raise ValueError(f"task {self.name}: soft_timeout must come before timeout, or it never does")
-        if not _is_int(priority):
-            raise ValueError(f"task {self.name}: priority must be a whole number, not {priority!r}")
         if retry is not None and not isinstance(retry, Retry):
             raise ValueError(f"task {self.name}: retry must be a Retry, not {retry!r}")
-        if concurrency is not None and (not _is_int(concurrency) or concurrency < 1):
-            raise ValueError(
-                f"task {self.name}: concurrency must be a whole number, 1 or more, not {concurrency!r}"
-            )
-        self.timeout = timeout
-        self.soft_timeout = soft_timeout
-        self.priority = priority
-        self.retry = retry
-        self.concurrency = concurrency
         self.is_coroutine = inspect.iscoroutinefunction(function)
         self.streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
-        if self.streams and soft_timeout is not None:
-            # Half of an item may have been sent: only the end of the stream can tell its reader.
-            raise ValueError(f"task {self.name}: soft_timeout is not for tasks that stream; use timeout")
+        given = {
+            "timeout": timeout,
+            "soft_timeout": soft_timeout,
+            "priority": priority,
+            "concurrency": concurrency,
+            "key": key,
+        }
+        run = checked(self.name, given, streams=self.streams)
+        self.timeout = run.timeout
+        self.soft_timeout = run.soft_timeout
+        self.priority = run.priority
+        self.retry = retry
+        self.concurrency = run.concurrency
+        self.key = run.key
+        self._call_key: CallKey | None = None
+        if self.key is not None:
+            try:
+                self._call_key = CallKey(function, self.key)
+            except ValueError as error:
+                raise ValueError(f"task {self.name}: {error}") from None
         self.module: str = getattr(function, "__module__", None) or "?"
         code = getattr(inspect.unwrap(function), "__code__", None)
         self.location = _place(code.co_filename, code.co_firstlineno) if code else self.module
@@ -207,6 +210,12 @@ class Task(Generic[P, R]):
         """Raises BadArgs unless `bind` would succeed."""
         self.parameters.check(raw)
 
+    def call_key(self, raw: RawArgs) -> bytes | None:
+        """What calls share that can share a run; None for a task without a `key`, whose arguments are not
+        looked at. Raises BadArgs as `bind` does.
+        """
+        return None if self._call_key is None else self._call_key.of(self.bind(raw))
+
     def encode_args(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """The JSON arguments of the call `task(*args, **kwargs)`, for a caller that holds the task.
 
@@ -254,6 +263,7 @@ class Task(Generic[P, R]):
             "soft_timeout": self.soft_timeout,
             "priority": self.priority,
             "concurrency": self.concurrency,
+            "key": self.key,
         }
 
 
@@ -270,6 +280,7 @@ def task(
     priority: int = 0,
     retry: Retry | None = None,
     concurrency: int | None = None,
+    key: str | Sequence[str] | None = None,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -279,7 +290,9 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
     worker starts it; after `soft_timeout` seconds SoftTimeout is raised in it; of waiting calls those of
     higher `priority` run first; `retry` says when to try again; at most `concurrency` of its calls run at a
-    time. A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
+    time; calls whose arguments for the parameters named by `key` are equal share one run.
+
+    A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
     are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a
     task.
     """
@@ -416,7 +429,7 @@ def _failed_at(error: BaseException) -> str | None:
     """Where in the user's own code an import failed; None if none of it ran."""
     if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
         return _place(error.filename, error.lineno or 0)
-    machinery = ("<frozen", __file__, importlib.__file__)
+    machinery = ("<frozen", __file__, options.__file__, callkey.__file__, importlib.__file__)
     frames = [
         (frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -454,14 +467,6 @@ def _checked_name(name: Any) -> str:
     if name.startswith(RESERVED):
         raise ValueError(f"names that begin with {RESERVED!r} are reserved: {name!r}")
     return name
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rebuild(function: Callable[..., Any], options: dict[str, Any]) -> Task[..., Any]:

@@ -378,7 +378,10 @@ class Supervisor:
             return
         task = self._task(request.task)
         self._check_handlers(request, origin)
-        task.check_args(request.args)
+        # A stream that a request brings is an argument, too, and nobody else's.
+        key = None if task.key is None or request.stream_url else task.call_key(request.args)
+        if key is None:
+            task.check_args(request.args)
         if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
             raise BadRequest(
                 f"task {task.name} streams, and nobody could learn where: "
@@ -386,12 +389,14 @@ class Supervisor:
             )
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        call = _call(request, task, origin)
+        call = _call(request, task, origin, key)
         self.pool.submit(call)
         self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
         self._recent.begin(request.id, content)
         self._calls[request.id] = call
         self._counts["accepted"] += 1
+        if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
+            self._counts["joined"] += 1
         if not self._drive_due:
             self._drive_due = True
             self._loop.call_soon(self._drive)
@@ -626,7 +631,7 @@ def _place(config: Config) -> Place:
     return Place(folder, config.socket_mode, group, config.stream_expiry)
 
 
-def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
+def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:
     retry = task.retry
     return Call(
         task.name,
@@ -642,4 +647,5 @@ def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
         backoff=retry.delay if retry else None,
         stream_url=request.stream_url,
         origin=origin if task.streams or request.stream_url is not None else None,
+        key=key,
     )

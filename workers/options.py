@@ -1,0 +1,68 @@
+"""What the options of `@task` may be: each is checked where the task is decorated, in one line."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+class Options(NamedTuple):
+    """The options of a task that say how its calls are run. `Task` explains them."""
+
+    timeout: float | None
+    soft_timeout: float | None
+    priority: int
+    concurrency: int | None
+    key: tuple[str, ...] | None
+
+
+def checked(task: str, given: dict[str, Any], *, streams: bool) -> Options:
+    """The options of `task`, of which all are given. Raises ValueError that names task and option."""
+    try:
+        options = Options(**given)
+        if options.key is not None:
+            options = options._replace(key=_names(options.key))
+        _check(options)
+        if streams:
+            _check_stream(options)
+    except ValueError as error:
+        raise ValueError(f"task {task}: {error}") from None
+    return options
+
+
+def _check(options: Options) -> None:
+    for name in ("timeout", "soft_timeout"):
+        seconds = getattr(options, name)
+        if seconds is not None and (not is_seconds(seconds) or seconds <= 0):
+            raise ValueError(f"{name} must be seconds above 0, not {seconds!r}")
+    soft, hard = options.soft_timeout, options.timeout
+    if soft is not None and hard is not None and soft >= hard:
+        raise ValueError("soft_timeout must come before timeout, or it never does")
+    if not is_int(options.priority):
+        raise ValueError(f"priority must be a whole number, not {options.priority!r}")
+    if options.concurrency is not None and (not is_int(options.concurrency) or options.concurrency < 1):
+        raise ValueError(f"concurrency must be a whole number, 1 or more, not {options.concurrency!r}")
+
+
+def _check_stream(options: Options) -> None:
+    if options.soft_timeout is not None:
+        # Half of an item may have been sent: only the end of the stream can tell its reader.
+        raise ValueError("soft_timeout is not for tasks that stream; use timeout")
+    if options.key is not None:
+        raise ValueError("key is not for tasks that stream: a stream has one consumer, so none can join it")
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """`key=` as it is given, a name or several, as a tuple. Raises ValueError."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"key must be the name of a parameter or several, not {given!r}")
+    return tuple(names)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
