@@ -18,6 +18,7 @@ from workers.errors import (
     TaskError,
     WorkerLost,
 )
+from workers.lanes import UNLIMITED
 
 IDLE = Running(0, 0.0)
 WINDOW, TINY = 2.0**-9, 2.0**-13  # 16 fit, without rounding
@@ -499,6 +500,137 @@ def test_waiting_shared_runs_are_abandoned_for_all() -> None:
     assert empty(dispatcher)
 
 
+# -- calls that need a worker of their own
+
+
+def isolated(**options: object) -> Call:
+    return call("alone", isolated=True, **{"concurrency": UNLIMITED, **options})
+
+
+def replaced(dispatcher: Dispatcher, *ids: int) -> None:
+    """What the pool does with spent workers: others take their places."""
+    for spent, id in zip(dispatcher.spent, ids, strict=True):
+        assert dispatcher.load(spent) == 0
+        dispatcher.worker_lost(spent, 0, lost)
+        dispatcher.worker_ready(id, 0.0)
+    dispatcher.spent.clear()
+
+
+def test_an_isolated_call_gets_a_fresh_worker_which_is_spent_by_it() -> None:
+    dispatcher = taught(2, tiny=TINY, alone=TINY)
+    for _ in range(2):
+        item = call()
+        dispatcher.submit(item)
+        assert assigned(dispatcher) == {1: [item]}  # and the second worker stays fresh
+        done(dispatcher, 1, item)
+    alone, behind = isolated(), call()
+    dispatcher.submit(alone)
+    dispatcher.submit(behind)
+    assert assigned(dispatcher) == {2: [alone], 1: [behind]}
+    assert dispatcher.spent == []
+    done(dispatcher, 2, alone)
+    assert dispatcher.spent == [2]
+    done(dispatcher, 1, behind)
+    assert empty(dispatcher)
+
+
+def test_an_idle_worker_makes_place_and_calls_behind_pass() -> None:
+    dispatcher = used(2)
+    alone, behind = isolated(), [call(), call(priority=1)]
+    dispatcher.submit(alone)
+    dispatcher.submit(behind[0])
+    assert assigned(dispatcher) == {2: [behind[0]]}
+    assert dispatcher.spent == [1]
+    dispatcher.submit(behind[1])
+    replaced(dispatcher, 3)
+    done(dispatcher, 2, behind[0])
+    dispatcher.submit(last := call("unknown", priority=1))
+    assert assigned(dispatcher) == {2: [behind[1]], 3: [alone]}  # which was kept for it
+    done(dispatcher, 3, alone)
+    replaced(dispatcher, 4)
+    assert assigned(dispatcher) == {4: [last]}
+
+
+def test_nobody_passes_an_isolated_call_until_a_worker_is_idle() -> None:
+    dispatcher = used(2)
+    ahead = [call(), call()]
+    for item in ahead:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [ahead[0]], 2: [ahead[1]]}
+    alone, behind = isolated(), call()
+    for item in (alone, behind):
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {} == assigned(dispatcher)
+    done(dispatcher, 2, ahead[1])
+    assert assigned(dispatcher) == {} and dispatcher.spent == [2]
+    done(dispatcher, 1, ahead[0])
+    assert assigned(dispatcher) == {1: [behind]}
+    replaced(dispatcher, 3)
+    assert assigned(dispatcher) == {3: [alone]}
+
+
+def test_calls_ahead_of_an_isolated_one_go_first() -> None:
+    dispatcher = used(1)
+    ahead, alone = [call("unknown"), call("unknown", priority=-1)], isolated()
+    dispatcher.submit(ahead[0])
+    dispatcher.submit(alone)
+    dispatcher.submit(ahead[1])
+    assert assigned(dispatcher) == {1: [ahead[0]]} and not dispatcher.spent
+    done(dispatcher, 1, ahead[0])
+    assert assigned(dispatcher) == {} and dispatcher.spent == [1]
+    replaced(dispatcher, 2)
+    assert assigned(dispatcher) == {2: [alone]}
+
+
+def test_isolated_calls_run_on_all_workers_at_a_time() -> None:
+    dispatcher = used(4)
+    items = [isolated(concurrency=3) for _ in range(6)]
+    for item in items:
+        dispatcher.submit(item)
+    assert assigned(dispatcher) == {} and len(dispatcher.spent) == 3
+    replaced(dispatcher, 5, 6, 7)
+    batches = assigned(dispatcher)
+    assert sorted(batches) == [5, 6, 7] and dispatcher.spent == []
+    assert [item for batch in batches.values() for item in batch] == items[:3]
+    dispatcher.submit(plain := call())
+    assert assigned(dispatcher) == {4: [plain]}
+
+
+def test_what_was_kept_for_an_isolated_call_that_left_is_everybodys() -> None:
+    dispatcher = used(1)
+    dispatcher.submit(alone := isolated())
+    assert assigned(dispatcher) == {} and dispatcher.spent == [1]
+    assert isinstance(dispatcher.cancel(alone.number, 0.0, IDLE), Outcome)
+    replaced(dispatcher, 2)
+    dispatcher.submit(plain := call())
+    assert assigned(dispatcher) == {2: [plain]}
+    done(dispatcher, 2, plain)
+    assert dispatcher.spent == [] and empty(dispatcher)
+
+
+def test_a_kept_worker_that_dies_is_not_waited_for() -> None:
+    dispatcher = used(1)
+    dispatcher.submit(alone := isolated())
+    assert assigned(dispatcher) == {}
+    replaced(dispatcher, 2)
+    dispatcher.retire(2)
+    assert assigned(dispatcher) == {}
+    dispatcher.worker_lost(2, 0, lost)
+    dispatcher.worker_ready(3, 0.0)
+    assert assigned(dispatcher) == {3: [alone]}
+
+
+def used(workers: int) -> Dispatcher:
+    """A dispatcher whose workers have all run something, and that knows what calls take."""
+    dispatcher = taught(workers, tiny=WINDOW, alone=WINDOW)
+    items = [call() for _ in range(workers)]
+    for item in items:
+        dispatcher.submit(item)
+    for id, (item,) in assigned(dispatcher).items():
+        done(dispatcher, id, item, WINDOW)
+    return dispatcher
+
+
 # -- workers that run so many calls and no more
 
 
@@ -878,10 +1010,13 @@ class Child:
         self.answers: deque[Answer] = deque()
         self.doomed = False
         self.given = 0
+        self.isolated = False
+        self.spent = False
 
 
 COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
 LIMITS = {"short": 1, "tiny": 3}
+ISOLATED = {"free", "short"}
 ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)}
 
 
@@ -894,6 +1029,7 @@ class Machine(RuleBasedStateMachine):
         self.count = 0
         self.calls: list[Call] = []
         self.limited = False
+        self.isolating = False
         self.ended: dict[Call, Outcome] = {}
         self.said: list[tuple[int, Answer]] = []
         self.streamed: set[Call] = set()
@@ -924,10 +1060,14 @@ class Machine(RuleBasedStateMachine):
     # rules
 
     @initialize(
-        workers=st.integers(0, 3), limited=st.booleans(), max_tasks=st.sampled_from([None, None, 1, 5])
+        workers=st.integers(0, 3),
+        limited=st.booleans(),
+        isolating=st.booleans(),
+        max_tasks=st.sampled_from([None, None, 1, 5]),
     )
-    def start(self, workers: int, limited: bool, max_tasks: int | None) -> None:
+    def start(self, workers: int, limited: bool, isolating: bool, max_tasks: int | None) -> None:
         self.limited = limited
+        self.isolating = isolating
         self.dispatcher.max_tasks = max_tasks
         for _ in range(workers):
             self.ready()
@@ -955,6 +1095,7 @@ class Machine(RuleBasedStateMachine):
         count: int,
         key: bytes | None,
     ) -> None:
+        isolated = self.isolating and task in ISOLATED
         for _ in range(count):
             new = Call(
                 task,
@@ -965,8 +1106,9 @@ class Machine(RuleBasedStateMachine):
                 retries=retries,
                 crashes=crashes,
                 backoff=None if backoff is None else lambda failed: backoff,
-                concurrency=LIMITS.get(task) if self.limited else None,
+                concurrency=(LIMITS if self.limited else {}).get(task, UNLIMITED if isolated else None),
                 key=key,
+                isolated=isolated,
             )
             self.calls.append(new)
             assert self.dispatcher.submit(new) == new.number
@@ -982,7 +1124,10 @@ class Machine(RuleBasedStateMachine):
     def assign(self) -> None:
         for worker, calls in self.dispatcher.assign(self.now):
             child = self.children[worker]
-            assert calls and not child.doomed
+            assert calls and not child.doomed and not child.isolated
+            if any(item.isolated for item in calls):
+                assert len(calls) == 1 and not child.given
+                child.isolated = True
             for item in calls:
                 assert item not in self.ended and item not in self.streamed
                 assert item.job().attempt == item.failed + item.crashed + 1
@@ -993,6 +1138,15 @@ class Machine(RuleBasedStateMachine):
             held = self.dispatcher._workers[worker].calls.values()
             assert len(held) <= 6
             assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
+        self.replace_spent()
+
+    def replace_spent(self) -> None:
+        for spent in self.dispatcher.spent:
+            child = self.children[spent]
+            assert not self.dispatcher.load(spent) and not child.waiting
+            assert self.isolating or child.given == self.dispatcher.max_tasks
+            child.doomed = child.spent = True  # the pool has it replaced
+        self.dispatcher.spent.clear()
 
     @rule(pick=st.integers(0, 3))
     def begin(self, pick: int) -> None:
@@ -1031,11 +1185,7 @@ class Machine(RuleBasedStateMachine):
             self.said.append((worker, answer))
             outcome = self.dispatcher.answered(worker, answer, self.now)
             self.take([outcome] if outcome else [])
-        for spent in self.dispatcher.spent:
-            assert not self.dispatcher.load(spent) and self.children[spent].given == self.dispatcher.max_tasks
-            assert not self.children[spent].waiting
-            self.children[spent].doomed = True  # the pool has it replaced
-        self.dispatcher.spent.clear()
+        self.replace_spent()
 
     @rule(pick=st.integers(0, 3))
     def arrive(self, pick: int) -> None:
@@ -1058,6 +1208,7 @@ class Machine(RuleBasedStateMachine):
             child = self.children[worker]
             while child.waiting:
                 child.given -= 1
+                child.isolated = False
                 child.answers.append(Answer(child.waiting.pop(), 0.0, None, Failure(RETURNED, "")))
 
     @rule(pick=st.integers(0, 3), seen=st.booleans(), nonsense=st.sampled_from([None, None, 0, 10**9]))
@@ -1082,6 +1233,8 @@ class Machine(RuleBasedStateMachine):
         assert set(charged) <= {item} | streams
         assert {call for call in self.calls if call.crashed != before[call]} <= {item} | streams
         assert not (child.doomed and set(charged) - streams)
+        if child.spent:
+            self.ready()
 
     @precondition(lambda self: self.calls)
     @rule(pick=st.integers(0, 1000), last=st.booleans())

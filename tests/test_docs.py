@@ -155,6 +155,14 @@ def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, st
 
 
 @pytest.mark.process
+def test_the_isolated_calls_in_the_guide_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "converts.py").write_text(block_with("def convert"))
+    monkeypatch.chdir(tmp_path)
+    with launch("converts", workers=2) as client:
+        assert len({client.call("convert", "a.png") for _ in range(5)}) == 5
+
+
+@pytest.mark.process
 def test_the_shared_runs_in_the_guide_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shared.py").write_text(block_with("def report").replace("...", "return user + color"))
     monkeypatch.chdir(tmp_path)

@@ -76,6 +76,7 @@ WORKERS = {
     "forkserver": 3,
     "futures": 1,
     "pickling": 1,
+    "places": 1,
     "pickledworker": 4,
     "worker": 3,
     "processes": 4,

@@ -79,7 +79,9 @@ def _plain(a: int) -> int:
     return a
 
 
-renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4, key="a")(_plain)
+renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4, key="a", isolated=True)(
+    _plain
+)
 
 
 def refusal(item: Task[..., Any], raw: bytes) -> str:
@@ -136,6 +138,7 @@ def test_options_and_coroutines():
         {"concurrency": True},
         {"concurrency": 1.5},
         {"retry": 3},
+        {"isolated": 1},
         {"key": 1},
         {"key": ()},
         {"key": ("a", "a")},
@@ -243,7 +246,7 @@ def test_a_task_under_another_name_than_its_function_is_rebuilt():
     again = pickle.loads(pickle.dumps(renamed))
     assert again.function is _plain
     assert (again.name, again.timeout, again.priority, again.retry) == ("renamed", 3, 2, Retry(1))
-    assert again.concurrency == 4 and again.key == ("a",)
+    assert again.concurrency == 4 and again.key == ("a",) and again.isolated
     assert again.call_key(b"[1]") == renamed.call_key(b'{"a": 1}')
 
 
@@ -728,6 +731,7 @@ def test_schema():
         "priority": 0,
         "concurrency": None,
         "key": None,
+        "isolated": False,
     }
 
 

@@ -102,3 +102,68 @@ class TestSharedRuns:
         for call in [client.submit("fail", "no") for _ in range(50)]:
             with pytest.raises(TaskError, match="ValueError: no"):
                 call.result(WAIT)
+
+
+ISOLATED = """
+import os
+from collections.abc import Iterator
+from workers import Retry, context, task
+
+left = []
+
+
+@task(isolated=True)
+def alone(x: int) -> tuple[int, int]:
+    left.append(x)
+    return os.getpid(), len(left)
+
+
+@task
+def plain(x: int = 0) -> tuple[int, int]:
+    return os.getpid(), len(left)
+
+
+@task(isolated=True)
+def numbers(count: int) -> Iterator[int]:
+    left.append(count)
+    yield from [os.getpid(), len(left)]
+
+
+@task(isolated=True, retry=Retry(times=0, crashes=1))
+def survive(x: int) -> tuple[int, int]:
+    left.append(x)
+    if context().attempt == 1:
+        os._exit(3)
+    return os.getpid(), len(left)
+"""
+
+
+class TestIsolated:
+    @pytest.fixture(params=[1, 3])
+    def client(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Client]:
+        with serving(tmp_path, ISOLATED, workers=request.param) as client:
+            yield client
+
+    def test_each_call_has_a_process_of_its_own(self, client: Client) -> None:
+        found = []
+        for number in range(60):
+            name = ("alone", "plain", "survive")[number % 3]
+            found.append((name, client.submit(name, number)))
+        results = [(name, *call.result(WAIT)) for name, call in found]
+        alone = [pid for name, pid, count in results if name != "plain"]
+        assert len(set(alone)) == len(alone) == 40
+        assert not set(alone) & {pid for name, pid, _ in results if name == "plain"}
+        assert {(name, count) for name, _, count in results} == {("alone", 1), ("plain", 0), ("survive", 1)}
+        pid, count = client.submit("numbers", 1)
+        assert count == 1 and pid not in {pid for _, pid, _ in results}
+        assert client.stats()["worker_restarts"] == 20  # those that died, and no other
+
+    def test_neither_kind_waits_for_the_end_of_the_other(self, client: Client) -> None:
+        """Streams of both kinds, kept going while the calls of the other kind are answered."""
+        for mine, others in (("alone", "plain"), ("plain", "alone")):
+            flood = [client.submit(mine, number) for number in range(100)]
+            between = [client.submit(others, number) for number in range(5)]
+            for call in between:
+                call.result(WAIT)
+            for call in flood:
+                call.result(WAIT)

@@ -90,6 +90,9 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     Calls of a task that have the same `key` share a run while it is queued or runs: another Call, in their
     `run`, which has them all in `sharers`, by their numbers. See `workers.sharing`.
+
+    An `isolated` call gets a worker that has run nothing, and that runs nothing after it. It has a
+    `concurrency`, too: `lanes.UNLIMITED` at least.
     """
 
     task: str
@@ -114,6 +117,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     streaming: str = ""
     abandoned: bool = False
     key: bytes | None = None
+    isolated: bool = False
     run: Call | None = None
     sharers: dict[int, Call] | None = None
 

@@ -16,6 +16,10 @@ how long it takes.
 Of a task with a concurrency limit workers hold so many calls at most; the others wait in a lane, and no
 other task's calls wait for them.
 
+An isolated call gets a worker that has been given nothing. When it is its turn and there is none, an idle
+worker makes place: it is spent, and the one that takes its place is kept for such calls. Calls behind pass
+meanwhile; but as long as no worker is idle, nobody is handed out, so that one becomes it.
+
 Calls with a key share a run (`workers.sharing`): that is what is queued and assigned, and when it ends, all
 of them have its outcome.
 """
@@ -32,6 +36,7 @@ from acomm.deadlines import Deadlines
 from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
 from workers.lanes import Lanes, turn
+from workers.places import Places
 from workers.sharing import Shared
 
 WINDOW = 0.002
@@ -54,6 +59,10 @@ LEAST = 1e-6
 OVERDUE_CHECK = 0.02
 """Seconds between looks at calls that are given up but may yet start to run."""
 
+_USED, _FRESH = -2.0, -1.0
+"""Idle workers come before all others, whatever rounding has left of their loads; those that have been given
+nothing yet are the last of them, as isolated calls can use them."""
+
 
 class Running(NamedTuple):
     """What a worker runs now: the call's number (0: nothing) and since when."""
@@ -70,13 +79,14 @@ class Doom(NamedTuple):
 
 
 class _Worker:
-    __slots__ = ("calls", "doomed", "heard", "id", "left", "load", "retiring")
+    __slots__ = ("calls", "doomed", "heard", "id", "idle", "left", "load", "retiring")
 
     def __init__(self, id: int, now: float, left: int) -> None:
         self.id = id
         self.left = left  # calls that it may yet be given; below 0: any number
         self.calls: dict[int, Call] = {}
         self.load = 0.0
+        self.idle = _FRESH  # what its load counts for while it holds nothing
         self.heard = now
         self.doomed: dict[int, AcommError] = {}  # calls for which it is being killed
         self.retiring = False
@@ -110,6 +120,7 @@ class Dispatcher:
         self._lanes = Lanes()
         self._open = self._lanes.open  # looked at for every call
         self._sharing = Shared()
+        self._places = Places()
         self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -213,12 +224,15 @@ class Dispatcher:
 
     def worker_ready(self, id: int, now: float) -> None:
         """A worker can take calls."""
-        self._workers[id] = _Worker(id, now, -1 if self.max_tasks is None else self.max_tasks)
+        self._workers[id] = worker = _Worker(id, now, -1 if self.max_tasks is None else self.max_tasks)
+        if self._places.fill(id):
+            worker.left = 0
 
     def retire(self, id: int) -> None:
         """Give a worker nothing more."""
         if id in self._workers:
             self._workers[id].retiring = True
+            self._places.lose(id)
 
     def load(self, id: int) -> int:
         """How many calls a worker holds."""
@@ -232,6 +246,7 @@ class Dispatcher:
         worker = self._workers.pop(id, None)
         if worker is None:
             return []
+        self._places.lose(id)
         outcomes: list[Outcome] = []
         again: list[Call] = []
         for number, call in worker.calls.items():
@@ -345,17 +360,20 @@ class Dispatcher:
             if self._stale:
                 self._sweep()
             return iter(())
+        batches: dict[int, list[Call]] = {}
+        if self._places.kept:
+            self._use_kept(now, batches)
         free = [
-            # An idle one first, whatever rounding has left of the loads of the others.
-            (worker.load if worker.calls else -1.0, worker.id)
+            (worker.load if worker.calls else worker.idle, worker.id, worker)
             for worker in self._workers.values()
             if worker.left and not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
         ]
         heapq.heapify(free)
-        batches: dict[int, list[Call]] = {}
-        while (call := self._front()) is not None and free:
-            load, id = free[0]
-            worker = self._workers[id]
+        while (call := self._front()) is not None and (free or call.isolated):
+            if call.isolated:
+                self._isolate(call, free, now, batches)
+                continue
+            load, id, worker = free[0]
             cost = self._predicted.get(call.task)
             fits = cost is not None and load + cost <= self.window and len(worker.calls) < self.max_window
             if worker.calls and not fits:
@@ -366,6 +384,7 @@ class Dispatcher:
             self._take_front(call)
             if not worker.calls:
                 worker.heard = now
+                worker.idle = _USED
             call.cost = self.window if cost is None else cost
             worker.load += call.cost
             worker.calls[call.number] = call
@@ -376,10 +395,61 @@ class Dispatcher:
             batches.setdefault(id, []).append(call)
             worker.left -= 1
             if worker.left:
-                heapq.heapreplace(free, (worker.load, id))
+                heapq.heapreplace(free, (worker.load, id, worker))
             else:
                 heapq.heappop(free)
+        if self._lanes.aside:
+            self._lanes.take_back()
         return iter(batches.items())
+
+    def _isolate(
+        self, call: Call, free: list[tuple[float, int, _Worker]], now: float, batches: dict[int, list[Call]]
+    ) -> None:
+        """It is the turn of an isolated call."""
+        fresh = [entry for entry in free if entry[2].idle == _FRESH and not entry[2].calls]
+        if fresh:
+            free.remove(fresh[0])
+            heapq.heapify(free)
+            self._give_alone(call, fresh[0][2], now, batches)
+            return
+        isolated = self._lanes.count_isolated(self._next_turn(), len(self._workers))
+        while self._places.made < isolated and free and not free[0][2].calls:
+            worker = heapq.heappop(free)[2]
+            worker.retiring = True
+            self.spent.append(worker.id)
+            self._places.make()
+        if self._places.made < isolated:
+            free.clear()
+        self._lanes.put_isolated_aside()
+
+    def _use_kept(self, now: float, batches: dict[int, list[Call]]) -> None:
+        while self._places.kept and (call := self._lanes.first_isolated()) is not None:
+            self._give_alone(call, self._workers[self._places.take()], now, batches)
+        for id in self._places.release():
+            self._workers[id].left = -1 if self.max_tasks is None else self.max_tasks
+
+    def _give_alone(self, call: Call, worker: _Worker, now: float, batches: dict[int, list[Call]]) -> None:
+        """A fresh worker gets an isolated call, and nothing after it."""
+        self._take_front(call)
+        worker.heard = now
+        worker.idle = _USED
+        worker.left = 0
+        call.cost = self._predicted.get(call.task, self.window)
+        worker.load = call.cost
+        worker.calls[call.number] = call
+        self._holder[call.number] = worker
+        self.assigned += 1
+        if call.timeout is not None:
+            self._limits.set(call.number, now + call.timeout)
+        batches[worker.id] = [call]
+
+    def _next_turn(self) -> tuple[int, int] | None:
+        """When it is the turn of the calls in the queues."""
+        for priority in self._order:
+            for call in self._queues[priority]:
+                if not call.settled:
+                    return turn(call)
+        return None
 
     def next_deadline(self) -> float | None:
         """When `due` should be called at the latest; None: no need."""

@@ -1,4 +1,5 @@
-"""Calls of tasks of which only so many may run at a time, while they wait. Pure.
+"""Calls that may have to let others pass while they wait: of tasks of which only so many may run at a time,
+and of those that need a worker of their own. Pure.
 
 They do not stand in the dispatcher's queues: a task at its limit would be in the way of the others there, or
 have to be passed over again and again. Here each such task has a lane of its own, and a lane at its limit is
@@ -8,23 +9,35 @@ not looked at, however many calls wait in it.
 from __future__ import annotations
 
 import bisect
+import itertools
+import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from workers.calls import Call
+
+UNLIMITED = sys.maxsize
+"""The `concurrency` of a call that waits in a lane, but not for others of its task."""
 
 
 class _Lane:
     """The calls of one task. Workers hold `held` of them: the given-up ones too, as they may run."""
 
-    __slots__ = ("held", "order", "queues")
+    __slots__ = ("held", "isolated", "order", "queues")
 
-    def __init__(self) -> None:
+    def __init__(self, isolated: bool) -> None:
         self.held = 0
+        self.isolated = isolated
         self.queues: dict[int, OrderedDict[int, Call]] = {}  # by priority; ordered, so that any may leave
         self.order: list[int] = []  # the priorities, negated: the highest is first
 
     def first(self) -> Call:
         return next(iter(self.queues[-self.order[0]].values()))
+
+    def __iter__(self) -> Iterator[Call]:
+        """Those that wait, the next one first."""
+        for priority in self.order:
+            yield from self.queues[-priority].values()
 
     def add(self, call: Call, *, front: bool) -> None:
         queue = self.queues.get(call.priority)
@@ -44,7 +57,8 @@ class _Lane:
 
 
 class Lanes:
-    """The waiting calls that have a `concurrency`. `open` is true while one of them may run.
+    """The waiting calls that have a `concurrency`. `open` is true while one of them may run; those that are
+    isolated can be put aside and taken back, for others to pass.
 
     What all operations cost does not depend on how many calls wait; `first` looks at each task that has both
     waiting calls and room for one.
@@ -53,6 +67,7 @@ class Lanes:
     def __init__(self) -> None:
         self.open: dict[str, _Lane] = {}
         self._lanes: dict[str, _Lane] = {}  # those that are not empty
+        self.aside: dict[str, _Lane] = {}
 
     def __len__(self) -> int:
         """Tasks that have calls that wait or run."""
@@ -60,15 +75,13 @@ class Lanes:
 
     def waiting(self) -> list[Call]:
         """All calls that wait."""
-        return [
-            call for lane in self._lanes.values() for queue in lane.queues.values() for call in queue.values()
-        ]
+        return [call for lane in self._lanes.values() for call in lane]
 
     def add(self, call: Call, *, front: bool = False) -> None:
         """A call waits, behind those of its priority or in front of them."""
         lane = self._lanes.get(call.task)
         if lane is None:
-            lane = self._lanes[call.task] = _Lane()
+            lane = self._lanes[call.task] = _Lane(call.isolated)
         lane.add(call, front=front)
         self._changed(call, lane)
 
@@ -83,6 +96,29 @@ class Lanes:
         `open`.
         """
         return min((lane.first() for lane in self.open.values()), key=turn)
+
+    def first_isolated(self) -> Call | None:
+        """As `first`, of the isolated ones; None if there is none that may run."""
+        return min((lane.first() for lane in self.open.values() if lane.isolated), key=turn, default=None)
+
+    def count_isolated(self, before: tuple[int, int] | None, most: int) -> int:
+        """How many isolated calls may run now whose turn comes `before` another; `most` are counted."""
+        count = 0
+        for lane in self.open.values():
+            if lane.isolated:
+                first = next(iter(lane))
+                room = min(most, (first.concurrency or 0) - lane.held)
+                count += sum(before is None or turn(call) < before for call in itertools.islice(lane, room))
+        return min(count, most)
+
+    def put_isolated_aside(self) -> None:
+        self.aside = {task: lane for task, lane in self.open.items() if lane.isolated}
+        for task in self.aside:
+            del self.open[task]
+
+    def take_back(self) -> None:
+        self.open.update(self.aside)
+        self.aside = {}
 
     def take(self, call: Call) -> None:
         """A worker gets a call that waits."""

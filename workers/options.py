@@ -14,6 +14,7 @@ class Options(NamedTuple):
     priority: int
     concurrency: int | None
     key: tuple[str, ...] | None
+    isolated: bool
 
 
 def checked(task: str, given: dict[str, Any], *, streams: bool) -> Options:
@@ -42,6 +43,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"priority must be a whole number, not {options.priority!r}")
     if options.concurrency is not None and (not is_int(options.concurrency) or options.concurrency < 1):
         raise ValueError(f"concurrency must be a whole number, 1 or more, not {options.concurrency!r}")
+    if not isinstance(options.isolated, bool):
+        raise ValueError(f"isolated must be True or False, not {options.isolated!r}")
 
 
 def _check_stream(options: Options) -> None:

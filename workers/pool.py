@@ -299,8 +299,6 @@ class Pool:
             self._receive(now, outcomes)
             if self._dead:
                 self._settle_deaths(now, outcomes)
-            if self.dispatcher.spent:
-                self._replace_spent(now)
             self._tick(now, outcomes)
             if self._catch_up is None:
                 for token, calls in self.dispatcher.assign(now):
@@ -308,6 +306,8 @@ class Pool:
                         calls = self._claimed(token, calls, now, outcomes)
                     if calls:
                         self._send_to(token, _encode([call.job() for call in calls]))
+            if self.dispatcher.spent:
+                self._replace_spent(now)
             if self.dispatcher.shared:
                 outcomes += self.dispatcher.shared
                 self.dispatcher.shared.clear()

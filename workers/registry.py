@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
-_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency", "key")
+_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency", "key", "isolated")
 """What `@task` takes, and a Task keeps as attributes."""
 
 P = ParamSpec("P")
@@ -101,6 +101,7 @@ class Task(Generic[P, R]):
         retry: Retry | None = None,
         concurrency: int | None = None,
         key: str | Sequence[str] | None = None,
+        isolated: bool = False,
     ) -> None:
         _check_function(function)
         # First, as it copies the function's own attributes, which must not replace ours.
@@ -117,6 +118,7 @@ class Task(Generic[P, R]):
             "priority": priority,
             "concurrency": concurrency,
             "key": key,
+            "isolated": isolated,
         }
         run = checked(self.name, given, streams=self.streams)
         self.timeout = run.timeout
@@ -125,6 +127,7 @@ class Task(Generic[P, R]):
         self.retry = retry
         self.concurrency = run.concurrency
         self.key = run.key
+        self.isolated = run.isolated
         self._call_key: CallKey | None = None
         if self.key is not None:
             try:
@@ -264,6 +267,7 @@ class Task(Generic[P, R]):
             "priority": self.priority,
             "concurrency": self.concurrency,
             "key": self.key,
+            "isolated": self.isolated,
         }
 
 
@@ -281,6 +285,7 @@ def task(
     retry: Retry | None = None,
     concurrency: int | None = None,
     key: str | Sequence[str] | None = None,
+    isolated: bool = False,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -290,7 +295,8 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     `name` is the function's own unless given; `timeout` limits each attempt, in seconds from when a
     worker starts it; after `soft_timeout` seconds SoftTimeout is raised in it; of waiting calls those of
     higher `priority` run first; `retry` says when to try again; at most `concurrency` of its calls run at a
-    time; calls whose arguments for the parameters named by `key` are equal share one run.
+    time; calls whose arguments for the parameters named by `key` are equal share one run; each call of an
+    `isolated` one has a process of its own.
 
     A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
     are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a

@@ -83,5 +83,6 @@ def _run(call: Call) -> Call:
         origin=call.origin,
         concurrency=call.concurrency,
         key=call.key,
+        isolated=call.isolated,
         sharers={},
     )

@@ -48,6 +48,7 @@ from workers.errors import (
     printable,
 )
 from workers.handlerthreads import HandlerThreads
+from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool
 from workers.provider import Provider
 from workers.recent import Recent, digest
@@ -640,7 +641,8 @@ def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | N
         tag=request,
         priority=request.priority or task.priority,
         timeout=task.timeout,
-        concurrency=task.concurrency,
+        concurrency=UNLIMITED if task.isolated and task.concurrency is None else task.concurrency,
+        isolated=task.isolated,
         deadline=None if request.timeout is None else time.monotonic() + request.timeout,
         retries=retry.times if retry else 0,
         crashes=retry.crashes if retry else 0,
