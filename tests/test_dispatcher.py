@@ -1,5 +1,6 @@
 """The dispatcher as a state machine: no process, no socket, no clock."""
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable
 
@@ -8,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from workers.calls import ABANDONED, RETURNED, Answer, Call, Failure, Outcome
-from workers.dispatcher import OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
+from workers.calls import ABANDONED, OUTGROWN, RETURNED, Answer, Call, Failure, Outcome
+from workers.dispatcher import MEMORY_CHECK, OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
 from workers.errors import (
     CallCancelled,
     CallTimeout,
@@ -629,6 +630,66 @@ def used(workers: int) -> Dispatcher:
     for id, (item,) in assigned(dispatcher).items():
         done(dispatcher, id, item, WINDOW)
     return dispatcher
+
+
+# -- memory
+
+
+def test_what_takes_too_much_is_killed_while_it_runs() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    item = call(max_memory=1000, timeout=math.inf)
+    dispatcher.submit(item)
+    assert assigned(dispatcher) == {1: [item]}
+    assert dispatcher.gauged == [1]
+    looks: list[int] = []
+
+    def taken(worker: int, limit: int) -> int:
+        looks.append(worker)
+        return 1000 if len(looks) < 3 else 2_500_000
+
+    now, running = 0.0, IDLE
+    dooms: list[Doom] = []
+    while not dooms:
+        due = dispatcher.next_deadline()
+        assert due is not None and now < due <= now + MEMORY_CHECK
+        now = due
+        outcomes, dooms = dispatcher.due(now, lambda worker, runs=running: runs, taken)
+        assert outcomes == []
+        assert bool(looks) == (running is not IDLE)  # what has not begun takes nothing
+        running = Running(item.number, 0.0)
+    assert len(looks) == 3
+    (outcome,) = dispatcher.worker_lost(1, item.number, lost)
+    assert isinstance(outcome.error, TaskError) and outcome.error.type == "MemoryError"
+    assert outcome.error.receipt == {"max_memory": 1000, "taken": 2_500_000}
+    assert empty(dispatcher)
+
+
+def test_a_time_limit_holds_beside_that_of_memory() -> None:
+    dispatcher = taught(1, tiny=1.0)
+    item = call(max_memory=1000, timeout=0.01)
+    dispatcher.submit(item)
+    assigned(dispatcher)
+    _, (doom,) = dispatcher.due(0.01, lambda worker: Running(item.number, 0.0))
+    assert isinstance(doom.error, CallTimeout)
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_worker_that_has_outgrown_its_limit_is_spent_between_calls(held: int) -> None:
+    dispatcher = taught(2, tiny=WINDOW)
+    items = [call() for _ in range(2 * held)]
+    for item in items:
+        dispatcher.submit(item)
+    assigned(dispatcher)
+    assert dispatcher.answered(1, Answer(0, 0.0, None, Failure(OUTGROWN, "")), 0.0) is None
+    assert dispatcher.spent == ([] if held else [1])
+    dispatcher.submit(behind := call())
+    if held:
+        done(dispatcher, 1, items[0])
+        assert dispatcher.spent == [1] and assigned(dispatcher) == {}
+        done(dispatcher, 2, items[1])
+    assert assigned(dispatcher) == {2: [behind]}
+    assert dispatcher.answered(1, Answer(0, 0.0, None, Failure(OUTGROWN, "")), 0.0) is None
+    assert dispatcher.spent == [1]
 
 
 # -- workers that run so many calls and no more

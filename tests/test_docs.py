@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from acomm.errors import TaskError
 from workers import launch
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,19 @@ def test_the_isolated_calls_in_the_guide_are_alone(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     with launch("converts", workers=2) as client:
         assert len({client.call("convert", "a.png") for _ in range(5)}) == 5
+
+
+@pytest.mark.process
+def test_the_memory_in_the_guide_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "words.py").write_text(block_with("def count_words"))
+    (tmp_path / "few.txt").write_text("one two three")
+    with open(tmp_path / "many.txt", "wb") as file:
+        file.truncate(300_000_000)
+    monkeypatch.chdir(tmp_path)
+    with launch("words", workers=1) as client:
+        assert client.call("count_words", str(tmp_path / "few.txt")) == 3
+        with pytest.raises(TaskError, match=r"may take 200.0 MB \(max_memory\), and wanted more"):
+            client.call("count_words", str(tmp_path / "many.txt"))
 
 
 @pytest.mark.process

@@ -51,6 +51,7 @@ ACOMM = {
 WORKERS = {
     "errors": 0,
     "lineage": 0,
+    "memory": 0,
     "calls": 1,
     "callkey": 1,
     "config": 1,
@@ -67,6 +68,7 @@ WORKERS = {
     "taskview": 1,
     "template": 1,
     "lanes": 2,
+    "memorylimit": 2,
     "registry": 2,
     "running": 2,
     "sharing": 2,

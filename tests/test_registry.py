@@ -79,9 +79,16 @@ def _plain(a: int) -> int:
     return a
 
 
-renamed = task(name="renamed", timeout=3, priority=2, retry=Retry(1), concurrency=4, key="a", isolated=True)(
-    _plain
-)
+renamed = task(
+    name="renamed",
+    timeout=3,
+    priority=2,
+    retry=Retry(1),
+    concurrency=4,
+    key="a",
+    isolated=True,
+    max_memory=10**7,
+)(_plain)
 
 
 def refusal(item: Task[..., Any], raw: bytes) -> str:
@@ -139,6 +146,9 @@ def test_options_and_coroutines():
         {"concurrency": 1.5},
         {"retry": 3},
         {"isolated": 1},
+        {"max_memory": 0},
+        {"max_memory": 5e8},
+        {"max_memory": "500M"},
         {"key": 1},
         {"key": ()},
         {"key": ("a", "a")},
@@ -246,7 +256,7 @@ def test_a_task_under_another_name_than_its_function_is_rebuilt():
     again = pickle.loads(pickle.dumps(renamed))
     assert again.function is _plain
     assert (again.name, again.timeout, again.priority, again.retry) == ("renamed", 3, 2, Retry(1))
-    assert again.concurrency == 4 and again.key == ("a",) and again.isolated
+    assert again.concurrency == 4 and again.key == ("a",) and again.isolated and again.max_memory == 10**7
     assert again.call_key(b"[1]") == renamed.call_key(b'{"a": 1}')
 
 
@@ -732,6 +742,7 @@ def test_schema():
         "concurrency": None,
         "key": None,
         "isolated": False,
+        "max_memory": None,
     }
 
 

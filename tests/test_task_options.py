@@ -13,7 +13,7 @@ from peers import WAIT
 from serving import Fifo
 
 from acomm.client import Client
-from acomm.errors import CallCancelled, CallTimeout, TaskError
+from acomm.errors import CallCancelled, CallTimeout, ConnectionLost, TaskError
 from workers import launch
 
 pytestmark = pytest.mark.process
@@ -167,3 +167,125 @@ class TestIsolated:
                 call.result(WAIT)
             for call in flood:
                 call.result(WAIT)
+
+
+MEMORY = """
+import os, subprocess, sys, time
+from collections.abc import AsyncIterator, Iterator
+from workers import Retry, context, task
+
+MAX = 50_000_000
+kept = []
+
+
+@task(max_memory=MAX)
+def take(size: int) -> int:
+    return len(b"x" * size)
+
+
+@task(max_memory=MAX)
+def clean_up(size: int) -> str:
+    try:
+        return str(len([str(n) for n in range(size)]))
+    except MemoryError:
+        return "had to do with less"
+
+
+@task(max_memory=MAX, retry=Retry(1, on=MemoryError, backoff=0))
+def less_at_second(size: int) -> int:
+    return len(b"x" * (size if context().attempt == 1 else 10))
+
+
+@task(max_memory=MAX)
+async def await_much(size: int) -> int:
+    return len(b"x" * size)
+
+
+@task(max_memory=MAX)
+def items(size: int) -> Iterator[int]:
+    yield 1
+    yield len(b"x" * size)
+
+
+@task(max_memory=MAX)
+async def more_items(size: int) -> AsyncIterator[int]:
+    yield 1
+    yield len(b"x" * size)
+
+
+@task(max_memory=MAX)
+def family(size: int) -> int:
+    half = "import sys, time; kept = b'x' * int(sys.argv[1]); time.sleep(1000)"
+    for child in [subprocess.Popen([sys.executable, "-c", half, str(size)]) for _ in range(3)]:
+        child.wait()
+    return 0
+
+
+@task
+def keep(size: int) -> int:
+    kept.append(b"x" * size)
+    return os.getpid()
+
+
+@task
+def use_for_a_moment(size: int) -> int:
+    len([bytes(1000) for _ in range(size // 1000)])
+    return os.getpid()
+"""
+
+
+class TestMemory:
+    @pytest.fixture
+    def client(self, tmp_path: Path) -> Iterator[Client]:
+        with serving(tmp_path, MEMORY, workers=1) as client:
+            yield client
+
+    @pytest.mark.parametrize("name", ["take", "await_much"])
+    def test_a_call_that_wants_too_much_has_a_memory_error(self, client: Client, name: str) -> None:
+        before = pids(client.stats())
+        assert client.call(name, 10_000_000) == 10_000_000
+        with pytest.raises(TaskError) as caught:
+            client.call(name, 100_000_000)
+        assert caught.value.type == "MemoryError"
+        assert str(caught.value).startswith(
+            f"MemoryError: task {name} may take 50.0 MB (max_memory), and wanted more when it had taken "
+        )
+        assert "option_tasks.py" in str(caught.value.traceback)
+        assert client.call("keep", 100_000_000) == before[0]  # it lives, and others are not limited
+
+    def test_a_task_can_clean_up_and_be_tried_again(self, client: Client) -> None:
+        assert client.call("clean_up", 100) == "100"
+        assert client.call("clean_up", 10_000_000) == "had to do with less"
+        assert client.call("less_at_second", 100_000_000) == 10
+
+    @pytest.mark.parametrize("name", ["items", "more_items"])
+    def test_a_stream_is_limited_too(self, client: Client, name: str) -> None:
+        assert list(client.submit(name, 10_000_000)) == [1, 10_000_000]
+        with pytest.raises(ConnectionLost):
+            list(client.submit(name, 100_000_000))
+        until(client, lambda stats: stats["streams"].get("task_error") == 1)
+
+    def test_a_family_that_takes_too_much_is_killed(self, client: Client) -> None:
+        before = pids(client.stats())
+        behind = client.submit("take", 1)
+        call = client.submit("family", 25_000_000)  # each has room, all have not
+        with pytest.raises(
+            TaskError, match=r"task family may take 50.0 MB \(max_memory\), and has taken"
+        ) as e:
+            call.result(WAIT)
+        assert e.value.type == "MemoryError"
+        assert e.value.receipt is not None and e.value.receipt["max_memory"] == 50_000_000
+        assert e.value.receipt["taken"] > 50_000_000
+        assert behind.result(WAIT) == client.call("take", 1) == 1
+        assert pids(client.stats()) != before
+
+    def test_a_worker_that_has_grown_is_replaced_between_calls(self, tmp_path: Path) -> None:
+        with serving(tmp_path, MEMORY, max_worker_growth=30_000_000) as client:
+            first = client.call("keep", 1000)
+            assert client.call("use_for_a_moment", 60_000_000) == first
+            assert client.call("keep", 1000) == first  # what was used for a moment is given back
+            assert [client.call("keep", 20_000_000) for _ in range(2)] == [first, first]
+            until(client, lambda stats: pids(stats) not in ([], [first]))
+            results = {call.result(WAIT) for call in [client.submit("keep", 10_000_000) for _ in range(40)]}
+            assert len(results) >= 5
+            assert client.stats()["worker_restarts"] == 0

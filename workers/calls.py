@@ -28,6 +28,9 @@ RETURNED = "returned"
 ABANDONED = "abandoned"
 """Another such: the consumer of the call's stream has left, and the call does not end. Kill it."""
 
+OUTGROWN = "outgrown"
+"""Another such, of no call: the worker has more memory than it may keep. Replace it."""
+
 
 class Job(msgspec.Struct, array_like=True):
     """A call as a worker gets it. `deadline` is on the monotonic clock, which processes share. `stream` is
@@ -75,7 +78,7 @@ class Answer(msgspec.Struct, array_like=True):
         """Whether the worker is done with the call and has run it."""
         if self.failure is None:
             return self.stream is None
-        return self.failure.code not in (RETURNED, ABANDONED)
+        return self.failure.code not in (RETURNED, ABANDONED, OUTGROWN)
 
 
 class Call(msgspec.Struct, eq=False, weakref=True):
@@ -92,7 +95,8 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     `run`, which has them all in `sharers`, by their numbers. See `workers.sharing`.
 
     An `isolated` call gets a worker that has run nothing, and that runs nothing after it. It has a
-    `concurrency`, too: `lanes.UNLIMITED` at least.
+    `concurrency`, too: `lanes.UNLIMITED` at least. One with `max_memory`, the bytes that it may take, has a
+    `timeout`, `math.inf` at most.
     """
 
     task: str
@@ -118,6 +122,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     abandoned: bool = False
     key: bytes | None = None
     isolated: bool = False
+    max_memory: int | None = None
     run: Call | None = None
     sharers: dict[int, Call] | None = None
 

@@ -93,6 +93,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     "--max-tasks-per-child", type=int, metavar="N", help="Replace a worker process after so many calls."
 )
 @click.option(
+    "--max-worker-growth",
+    type=int,
+    metavar="BYTES",
+    help="Replace a worker process whose memory has grown by so much.",
+)
+@click.option(
     "--socket", metavar="PATH", help="Where to listen.  [default: $ACOMM_SOCKET, else a private folder]"
 )
 @click.option(

@@ -33,9 +33,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from acomm.deadlines import Deadlines
-from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
-from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
+from workers.calls import ABANDONED, OUTGROWN, RETURNED, Answer, Call, Outcome
+from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, TaskError, WorkerLost
 from workers.lanes import Lanes, turn
+from workers.memory import megabytes
 from workers.places import Places
 from workers.sharing import Shared
 
@@ -55,6 +56,10 @@ LEARNING = 1 / 16
 
 LEAST = 1e-6
 """Seconds that a call is taken to cost at least: nothing is free, and nothing joins a full window."""
+
+MEMORY_CHECK = 0.05
+"""Seconds between looks at the memory of a call whose task limits that: a look costs a thousandth of it, and
+within, a call may take some hundred MB more than it may."""
 
 OVERDUE_CHECK = 0.02
 """Seconds between looks at calls that are given up but may yet start to run."""
@@ -101,7 +106,8 @@ class Dispatcher:
     `shared`, which whoever drives this empties. `queued`
     counts the calls that wait for a worker or for their backoff, `assigned` those that workers hold,
     given-up ones included. `spent` lists the workers that have run their `max_tasks` calls (None: any number)
-    and are to be replaced, until it is cleared.
+    and are to be replaced, until it is cleared; so does `gauged` those of the calls that `assign` has given
+    out whose memory is limited, and counts from now on.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class Dispatcher:
         self.max_window = max_window
         self.max_tasks = max_tasks
         self.spent: list[int] = []
+        self.gauged: list[int] = []
         self.shared: list[Outcome] = []
         self.queued = 0
         self.assigned = 0
@@ -290,8 +297,12 @@ class Dispatcher:
         worker = self._workers.get(id)
         if answer.stream is not None:
             return self._began_to_stream(worker, answer.number, answer.stream)
-        if answer.failure is not None and answer.failure.code == ABANDONED:
-            self._abandoned(worker, answer.number, now)
+        if answer.failure is not None and answer.failure.code in (ABANDONED, OUTGROWN):
+            if answer.failure.code == ABANDONED:
+                self._abandoned(worker, answer.number, now)
+            elif worker is not None:
+                worker.left = 0
+                self._look_spent(worker)
             return None
         call = worker.calls.pop(answer.number, None) if worker else None
         if worker is None or call is None:
@@ -314,9 +325,8 @@ class Dispatcher:
             return None
         worker.load = worker.load - call.cost if worker.calls else 0.0
         worker.heard = now
-        if not worker.left and not worker.calls and not worker.retiring:
-            worker.retiring = True
-            self.spent.append(id)
+        if not worker.left and not worker.calls:
+            self._look_spent(worker)
         if not call.streaming:
             self._learn(call.task, answer.seconds)
         if call.settled:
@@ -333,6 +343,12 @@ class Dispatcher:
             self._backoff.set(call.number, now + (call.backoff(call.failed) if call.backoff else 0.0))
             return None
         return self._settle(call, None, answer.failure.error())
+
+    def _look_spent(self, worker: _Worker) -> None:
+        """A worker gets nothing more: it is replaced, once it holds nothing."""
+        if not worker.calls and not worker.retiring:
+            worker.retiring = True
+            self.spent.append(worker.id)
 
     def _began_to_stream(self, worker: _Worker | None, number: int, url: str) -> Outcome | None:
         """A call waits for the consumer of its stream. The caller has its answer now, and it may be partly
@@ -391,7 +407,7 @@ class Dispatcher:
             self._holder[call.number] = worker
             self.assigned += 1
             if call.timeout is not None:
-                self._limits.set(call.number, now + call.timeout)
+                self._limit(call, worker, now)
             batches.setdefault(id, []).append(call)
             worker.left -= 1
             if worker.left:
@@ -401,6 +417,15 @@ class Dispatcher:
         if self._lanes.aside:
             self._lanes.take_back()
         return iter(batches.items())
+
+    def _limit(self, call: Call, worker: _Worker, now: float) -> None:
+        """A call with limits goes to a worker."""
+        assert call.timeout is not None
+        limit = call.timeout
+        if call.max_memory is not None:
+            limit = min(limit, MEMORY_CHECK)
+            self.gauged.append(worker.id)
+        self._limits.set(call.number, now + limit)
 
     def _isolate(
         self, call: Call, free: list[tuple[float, int, _Worker]], now: float, batches: dict[int, list[Call]]
@@ -440,7 +465,7 @@ class Dispatcher:
         self._holder[call.number] = worker
         self.assigned += 1
         if call.timeout is not None:
-            self._limits.set(call.number, now + call.timeout)
+            self._limit(call, worker, now)
         batches[worker.id] = [call]
 
     def _next_turn(self) -> tuple[int, int] | None:
@@ -456,9 +481,15 @@ class Dispatcher:
         times = [self._deadlines.next(), self._limits.next(), self._backoff.next()]
         return min((time for time in times if time is not None), default=None)
 
-    def due(self, now: float, running: Callable[[int], Running]) -> tuple[list[Outcome], list[Doom]]:
+    def due(
+        self,
+        now: float,
+        running: Callable[[int], Running],
+        taken: Callable[[int, int], int] = lambda worker, limit: 0,
+    ) -> tuple[list[Outcome], list[Doom]]:
         """What time brings: backoffs that end, deadlines and limits that pass. `running` tells what a
-        worker runs.
+        worker runs, and `taken(worker, limit)` the bytes that its call has taken, which need be exact only
+        above a limit.
         """
         for number in self._backoff.expired(now):
             self.queued -= 1
@@ -475,12 +506,18 @@ class Dispatcher:
             elif what is not None:
                 dooms.append(what)
         for number in self._limits.expired(now):
-            doom = self._over_limit(number, now, running)
+            doom = self._over_limit(number, now, running, taken)
             if doom is not None:
                 dooms.append(doom)
         return outcomes, dooms
 
-    def _over_limit(self, number: int, now: float, running: Callable[[int], Running]) -> Doom | None:
+    def _over_limit(
+        self,
+        number: int,
+        now: float,
+        running: Callable[[int], Running],
+        taken: Callable[[int, int], int],
+    ) -> Doom | None:
         """A call's limit may have passed: by the start that its worker noted, not by when we sent it."""
         worker = self._holder[number]
         call = worker.calls[number]
@@ -489,6 +526,11 @@ class Dispatcher:
         limit = OVERDUE_CHECK if given_up or call.timeout is None else call.timeout
         due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
         if due > now:
+            if call.max_memory is not None and not given_up:
+                size = taken(worker.id, call.max_memory) if runs.call == number else 0
+                if size > call.max_memory:
+                    return self._doom(worker, number, _out_of_memory(call, size))
+                due = min(due, now + MEMORY_CHECK)
             self._limits.set(number, due)
             return None
         if call.settled:
@@ -611,3 +653,15 @@ class Dispatcher:
         if call.deadline is not None:
             self._deadlines.discard(call.number)
         return Outcome(call, result, error)
+
+
+def _out_of_memory(call: Call, size: int) -> TaskError:
+    """As if the task had raised MemoryError, as most that want too much do. No other code says whose fault it
+    is: nothing that was sent is too large.
+    """
+    assert call.max_memory is not None
+    text = (
+        f"MemoryError: task {call.task} may take {megabytes(call.max_memory)} (max_memory), and has taken "
+        f"{megabytes(size)}, so its worker was killed"
+    )
+    return TaskError(text, type="MemoryError", receipt={"max_memory": call.max_memory, "taken": size})

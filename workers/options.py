@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+LEAST_MEMORY = 1_000_000
+"""Bytes; Python takes memory from the system in steps of this size."""
+
 
 class Options(NamedTuple):
     """The options of a task that say how its calls are run. `Task` explains them."""
@@ -15,6 +18,7 @@ class Options(NamedTuple):
     concurrency: int | None
     key: tuple[str, ...] | None
     isolated: bool
+    max_memory: int | None
 
 
 def checked(task: str, given: dict[str, Any], *, streams: bool) -> Options:
@@ -43,6 +47,12 @@ def _check(options: Options) -> None:
         raise ValueError(f"priority must be a whole number, not {options.priority!r}")
     if options.concurrency is not None and (not is_int(options.concurrency) or options.concurrency < 1):
         raise ValueError(f"concurrency must be a whole number, 1 or more, not {options.concurrency!r}")
+    if options.max_memory is not None and (
+        not is_int(options.max_memory) or options.max_memory < LEAST_MEMORY
+    ):
+        raise ValueError(
+            f"max_memory must be bytes, a whole number of {LEAST_MEMORY} or more, not {options.max_memory!r}"
+        )
     if not isinstance(options.isolated, bool):
         raise ValueError(f"isolated must be True or False, not {options.isolated!r}")
 

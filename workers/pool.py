@@ -32,6 +32,7 @@ import zmq
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
 from workers.errors import ConfigError, WorkerLost, printable
+from workers.memory import Gauges
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
 from workers.scoreboard import Scoreboard
@@ -90,8 +91,8 @@ class Pool:
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls (None: never). `target` is what a worker runs, and `setup` is for workers of
-    another kind than ours.
+    `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never).
+    `target` is what a worker runs, and `setup` is for workers of another kind than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up.
 
@@ -110,6 +111,7 @@ class Pool:
         allow_hook: Sequence[str] = (),
         url: str | None = None,
         max_tasks_per_child: int | None = None,
+        max_worker_growth: int | None = None,
         target: str = "workers.worker:main",
         setup: bytes = b"",
     ) -> None:
@@ -117,6 +119,8 @@ class Pool:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
         if max_tasks_per_child is not None and max_tasks_per_child < 1:
             raise ConfigError(f"a worker needs at least one call to run, not {max_tasks_per_child}")
+        if max_worker_growth is not None and max_worker_growth < 1:
+            raise ConfigError(f"a worker needs some memory to grow by, not {max_worker_growth} bytes")
         self.modules = tuple(modules)
         self.paths = tuple(paths)
         self.size = workers
@@ -137,6 +141,8 @@ class Pool:
             on_ready=self._worker_ready,
             on_death=self._worker_died,
         )
+        self.max_worker_growth = max_worker_growth
+        self._gauges = Gauges()
         self._dead: dict[int, tuple[Worker, float]] = {}
         self._stopping = False
         self._catch_up: float | None = None
@@ -170,6 +176,7 @@ class Pool:
             made.callback(self._poller.close)
             self._poller.register(self._router.FD, select.EPOLLIN)
             self._processes.start(self._scoreboard, [self._folder])
+            made.callback(self._gauges.close)
             made.callback(self._processes.close)
             self._poller.register(self._processes.fileno(), select.EPOLLIN)
             self._resources = made.pop_all()
@@ -301,7 +308,10 @@ class Pool:
                 self._settle_deaths(now, outcomes)
             self._tick(now, outcomes)
             if self._catch_up is None:
-                for token, calls in self.dispatcher.assign(now):
+                batches = self.dispatcher.assign(now)
+                if self.dispatcher.gauged:
+                    self._gauge()
+                for token, calls in batches:
                     if self.claim is not None:
                         calls = self._claimed(token, calls, now, outcomes)
                     if calls:
@@ -403,6 +413,14 @@ class Pool:
 
     # -- processes ----------------------------------------------------------------------------------
 
+    def _gauge(self) -> None:
+        """What workers have now is not the calls' that they are about to get."""
+        for token in self.dispatcher.gauged:
+            worker = self._processes.get(token)
+            if worker is not None and worker.status is None:
+                self._gauges.start(token, worker.pid)
+        self.dispatcher.gauged.clear()
+
     def _settings(self, worker: Worker) -> bytes:
         settings = Settings(
             endpoint=self._endpoint,
@@ -416,12 +434,14 @@ class Pool:
             allow_hook=self.allow_hook,
             url=self.url,
             setup=self.setup,
+            max_growth=self.max_worker_growth,
         )
         return _encode(settings)
 
     def _worker_died(self, worker: Worker) -> None:
         """What it held is settled when its last words have been read."""
         self.dispatcher.retire(worker.token)
+        self._gauges.forget(worker.token)
         self._dead[worker.token] = (worker, time.monotonic() + _LAST_WORDS)
 
     def _settle_deaths(self, now: float, outcomes: list[Outcome]) -> None:
@@ -447,7 +467,7 @@ class Pool:
 
     def _tick(self, now: float, outcomes: list[Outcome]) -> None:
         if self._is_due(now):
-            ended, dooms = self.dispatcher.due(now, self._running)
+            ended, dooms = self.dispatcher.due(now, self._running, self._gauges.taken)
             outcomes += ended
             for doom in dooms:
                 self._carry_out(doom)

@@ -35,7 +35,17 @@ if TYPE_CHECKING:
     from acomm.streamsources import Source
     from acomm.submitting import Submitter
 
-_OPTIONS = ("name", "timeout", "soft_timeout", "priority", "retry", "concurrency", "key", "isolated")
+_OPTIONS = (
+    "name",
+    "timeout",
+    "soft_timeout",
+    "priority",
+    "retry",
+    "concurrency",
+    "key",
+    "isolated",
+    "max_memory",
+)
 """What `@task` takes, and a Task keeps as attributes."""
 
 P = ParamSpec("P")
@@ -102,6 +112,7 @@ class Task(Generic[P, R]):
         concurrency: int | None = None,
         key: str | Sequence[str] | None = None,
         isolated: bool = False,
+        max_memory: int | None = None,
     ) -> None:
         _check_function(function)
         # First, as it copies the function's own attributes, which must not replace ours.
@@ -119,6 +130,7 @@ class Task(Generic[P, R]):
             "concurrency": concurrency,
             "key": key,
             "isolated": isolated,
+            "max_memory": max_memory,
         }
         run = checked(self.name, given, streams=self.streams)
         self.timeout = run.timeout
@@ -128,6 +140,7 @@ class Task(Generic[P, R]):
         self.concurrency = run.concurrency
         self.key = run.key
         self.isolated = run.isolated
+        self.max_memory = run.max_memory
         self._call_key: CallKey | None = None
         if self.key is not None:
             try:
@@ -268,6 +281,7 @@ class Task(Generic[P, R]):
             "concurrency": self.concurrency,
             "key": self.key,
             "isolated": self.isolated,
+            "max_memory": self.max_memory,
         }
 
 
@@ -286,6 +300,7 @@ def task(
     concurrency: int | None = None,
     key: str | Sequence[str] | None = None,
     isolated: bool = False,
+    max_memory: int | None = None,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -296,7 +311,7 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     worker starts it; after `soft_timeout` seconds SoftTimeout is raised in it; of waiting calls those of
     higher `priority` run first; `retry` says when to try again; at most `concurrency` of its calls run at a
     time; calls whose arguments for the parameters named by `key` are equal share one run; each call of an
-    `isolated` one has a process of its own.
+    `isolated` one has a process of its own; a call that takes more than `max_memory` bytes has a MemoryError.
 
     A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
     are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a

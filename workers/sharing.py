@@ -84,5 +84,6 @@ def _run(call: Call) -> Call:
         concurrency=call.concurrency,
         key=call.key,
         isolated=call.isolated,
+        max_memory=call.max_memory,
         sharers={},
     )

@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import functools
 import logging
+import math
 import os
 import resource
 import time
@@ -106,6 +107,7 @@ class Supervisor:
             allow_hook=self.config.allow_hook,
             url=unix_url(os.path.abspath(self.config.socket)),
             max_tasks_per_child=self.config.max_tasks_per_child,
+            max_worker_growth=self.config.max_worker_growth,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
@@ -640,9 +642,10 @@ def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | N
         id=request.id,
         tag=request,
         priority=request.priority or task.priority,
-        timeout=task.timeout,
+        timeout=math.inf if task.timeout is None and task.max_memory is not None else task.timeout,
         concurrency=UNLIMITED if task.isolated and task.concurrency is None else task.concurrency,
         isolated=task.isolated,
+        max_memory=task.max_memory,
         deadline=None if request.timeout is None else time.monotonic() + request.timeout,
         retries=retry.times if retry else 0,
         crashes=retry.crashes if retry else 0,

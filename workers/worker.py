@@ -26,8 +26,8 @@ import msgspec
 import zmq
 
 from acomm.egress import Policy
-from workers import softlimit, streaming
-from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
+from workers import memory, memorylimit, softlimit, streaming
+from workers.calls import ABANDONED, OUTGROWN, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, SoftTimeout, TooLarge
 from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
@@ -47,7 +47,7 @@ MAX_MESSAGE, MAX_TRACEBACK = 2000, 20_000
 """Characters of an exception's text that travel."""
 
 _LINGER_MS = 2000
-_OWN_FILES = (__file__, softlimit.__file__, streaming.__file__)
+_OWN_FILES = (__file__, memorylimit.__file__, softlimit.__file__, streaming.__file__)
 
 _jobs = msgspec.msgpack.Decoder(list[Job])
 _encode = msgspec.msgpack.Encoder().encode
@@ -67,6 +67,7 @@ class Settings(msgspec.Struct):
     allow_hook: tuple[str, ...] = ()
     url: str | None = None
     setup: bytes = b""  # for workers of another kind
+    max_growth: int | None = None
 
 
 def main(config: bytes, fds: list[int]) -> None:
@@ -97,7 +98,10 @@ def serve(
     socket.connect(settings.endpoint)
     try:
         socket.send(READY)
-        make(socket, scoreboard.writer(settings.slot)).run()
+        worker = make(socket, scoreboard.writer(settings.slot))
+        if settings.max_growth is not None:
+            worker.limit_growth(settings.max_growth)
+        worker.run()
     finally:
         socket.close()
         context.term()
@@ -132,6 +136,20 @@ class Worker:
         self._answers: list[Answer] = []
         self._begun = 0.0
         self._batch = threading.Event()
+        self._outgrown: Callable[[], bool] | None = None
+
+    def limit_growth(self, most: int) -> None:
+        """Ask to be replaced when this process has grown by more than `most` bytes."""
+        statm = memory.Statm()
+        limit = statm.anonymous() + most
+
+        def outgrown() -> bool:
+            if statm.anonymous() <= limit:
+                return False
+            memory.trim()  # what is free may only not have been given back
+            return statm.anonymous() > limit
+
+        self._outgrown = outgrown
 
     def run(self) -> None:
         """Serve until STOP."""
@@ -139,6 +157,8 @@ class Worker:
         try:
             while not self._stopping and (message := self._socket.recv()) != STOP:
                 self._run_all(_jobs.decode(message))
+                if self._outgrown is not None and self._outgrown():
+                    self._socket.send(_encode([Answer(0, 0.0, None, Failure(OUTGROWN, ""))]))
         finally:
             self._stopping = True
             self._batch.set()
@@ -285,6 +305,8 @@ class Runnable:
         if task.soft_timeout is not None:
             limit = limited_coroutine if task.is_coroutine else limited
             function = limit(function, task.name, task.soft_timeout)
+        if task.max_memory is not None:
+            function = memorylimit.limited(function, task.name, task.max_memory)
         self.bind = task.bind
         self.retry_on: tuple[type[BaseException], ...] = task.retry.on if task.retry else ()
         self.expected = math.inf
