@@ -182,3 +182,9 @@ def as_far_as_it_comes() -> bool:
     except SoftTimeout:
         return True
     return False
+
+
+@task
+def spin(number: int) -> int:
+    """A few milliseconds of work."""
+    return number + 0 * sum(range(100_000))

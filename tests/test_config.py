@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from workers.config import Config, available_cpus
@@ -46,6 +47,36 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     assert config.socket == "/env"
 
 
+def test_workers_may_be_from_so_many_to_so_many(toml: Path) -> None:
+    toml.write_text('workers = "1:4"\n')
+    assert [load({"workers": "2:8"}).min_workers, load({"workers": "2:8"}).workers] == [2, 8]
+    assert (load({}, toml).min_workers, load({}, toml).workers) == (1, 4)
+    config = load({}, toml, ACOMM_WORKERS="3:5")
+    assert (config.min_workers, config.workers) == (3, 5)
+    config = load({"workers": "6"}, toml, ACOMM_WORKERS="3:5")
+    assert (config.min_workers, config.workers) == (None, 6)  # so many, and not fewer
+    config = load({"workers": 6, "min_workers": 2}, toml)
+    assert (config.min_workers, config.workers) == (2, 6)
+    assert Config.from_json(msgspec.json.encode(config).decode()) == config
+
+
+@pytest.mark.parametrize(
+    ("workers", "fault"),
+    [
+        ("8:2", "min_workers is 8, and workers only 2"),
+        ("0:2", "workers must be 1 or more, not '0:2'"),
+        ("2:", "settings: workers must be a number or MIN:MAX, not '2:'"),
+        (":2", "workers must be a number or MIN:MAX"),
+        ("1:2:3", "workers must be a number or MIN:MAX"),
+        ("many", "workers must be a number or MIN:MAX, not 'many'"),
+        ("-1", "workers must be a number or MIN:MAX"),
+    ],
+)
+def test_a_bad_number_of_workers_is_told(workers: str, fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        load({"workers": workers})
+
+
 def test_a_file_may_have_a_table_of_ours(toml: Path) -> None:
     toml.write_text('[other]\nworkers = 9\n[acomm]\nworkers = 4\nmodules = ["a", "b"]\n')
     config = load(file=toml)
@@ -71,7 +102,7 @@ def test_a_path_may_be_a_path() -> None:
     ("name", "value"),
     [
         ("workers", 0),
-        ("workers", "2"),
+        ("workers", "two"),
         ("workers", True),
         ("workers", 1.5),
         ("socket", 7),

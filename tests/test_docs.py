@@ -121,9 +121,10 @@ def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) 
 def test_the_pool_in_the_guide_runs(tmp_path: Path) -> None:
     """As a script, since what is __main__'s is what executors stumble over."""
     script = tmp_path / "squares.py"
-    script.write_text(block_with("PoolExecutor"))
-    done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.stdout, done.stderr) == ("285\n", "")
+    for text, printed in (("PoolExecutor(2) as", "285\n"), ("min_workers=1)", "999000\n")):
+        script.write_text(block_with(text))
+        done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
+        assert (done.stdout, done.stderr) == (printed, "")
 
 
 @pytest.mark.process

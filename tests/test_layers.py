@@ -62,6 +62,7 @@ WORKERS = {
     "options": 1,
     "recent": 1,
     "restarts": 1,
+    "scaling": 1,
     "scoreboard": 1,
     "signature": 1,
     "sourcecode": 1,

@@ -10,9 +10,11 @@ import pytest
 from test_pool import DEADLINE, HERE, Driver, Fifo, add, make, text
 
 from workers import processes as processes_module
+from workers import scaling
 from workers.calls import Call
 from workers.errors import CallTimeout
 from workers.launcher import launch
+from workers.scaling import Scaler
 
 pytestmark = pytest.mark.process
 
@@ -130,3 +132,64 @@ def test_a_supervisor_keeps_its_limits(tmp_path: Path) -> None:
         assert client.stats()["worker_restarts"] == 0
         (schema,) = client.tasks()
         assert schema["concurrency"] == 1
+
+
+def test_workers_come_while_calls_wait_and_go_when_they_are_not_needed(
+    fifo: Fifo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "PATIENCE", 0.02)
+    monkeypatch.setattr(scaling, "IDLE", 0.2)
+    driver = make(4, min_workers=1)
+    try:
+        driver.until(lambda: driver.pool.ready == 1)
+        assert driver.run(*[add(number) for number in range(100)])
+        assert driver.pool.wanted == 1 == len(driver.pool.workers())  # small work for one
+        held = [Call("nap", text(fifo.path)) for _ in range(3)]
+        driver.submit(*held)
+        driver.until(lambda: driver.pool.dispatcher.assigned == 3)
+        assert driver.pool.wanted in (3, 4)
+        for call in held:
+            driver.cancel(call)
+        driver.finish(*held)
+        driver.until(lambda: driver.pool.wanted == driver.pool.alive == 1)
+        assert driver.pool.restarts == 3  # those that were killed, and no other
+        assert driver.run(add(1))[0].result == b"2"
+        assert driver.pool.healthy
+    finally:
+        driver.close()
+
+
+def test_calls_that_may_not_run_bring_no_workers(fifo: Fifo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "PATIENCE", 0.02)
+    driver = make(4, min_workers=1)
+    try:
+        held = [Call("nap", text(fifo.path), concurrency=1) for _ in range(10)]
+        driver.submit(*held)
+        fifo.number(driver)
+        looks = []
+        monkeypatch.setattr(Scaler, "look", lambda self, now, load: looks.append(load) or load.workers)
+        driver.until(lambda: len(looks) == 10)
+        assert {load.waiting for load in looks} == {0} and driver.pool.wanted == 1
+    finally:
+        driver.close()
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_pool_of_changing_size_loses_nothing(kill: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "PATIENCE", 0.002)
+    monkeypatch.setattr(scaling, "IDLE", 0.02)
+    driver = make(4, min_workers=1, max_tasks_per_child=50)
+    sizes = set()
+    try:
+        for turn in range(20):
+            calls = [Call("spin", b"[%d]" % number) for number in range(60)]
+            if kill:
+                calls.insert(30, Call("die", b'["kill"]'))
+            codes = [outcome.error and outcome.error.code for outcome in driver.run(*calls)]
+            assert codes.count(None) == 60 and codes.count("worker_lost") == kill
+            sizes.add(driver.pool.wanted)
+            if turn % 5 == 4:
+                driver.until(lambda: driver.pool.wanted == driver.pool.alive == 1)
+        assert max(sizes) > 1 and driver.pool.healthy
+    finally:
+        driver.close()

@@ -289,3 +289,29 @@ class TestMemory:
             results = {call.result(WAIT) for call in [client.submit("keep", 10_000_000) for _ in range(40)]}
             assert len(results) >= 5
             assert client.stats()["worker_restarts"] == 0
+
+
+SLOW = """
+import time
+from workers import task
+
+
+@task
+def wait(path: str, log: str) -> None:
+    with open(path) as fifo, open(log, "a") as file:
+        file.write("x")
+        file.flush()
+        fifo.read()
+"""
+
+
+def test_workers_come_when_calls_wait(tmp_path: Path) -> None:
+    with serving(tmp_path, SLOW, workers="1:3") as client:
+        assert client.stats()["pool"] == {"workers": 1, "min": 1, "max": 3}
+        log, release = tmp_path / "log", Fifo(tmp_path / "release")
+        calls = [client.submit("wait", release.path, str(log)) for _ in range(3)]
+        until(client, lambda stats: log.exists() and log.read_text() == "xxx")
+        assert client.stats()["pool"]["workers"] == 3
+        release.close()
+        for call in calls:
+            call.result(WAIT)

@@ -88,7 +88,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @cli.command()
 @click.argument("modules", nargs=-1, metavar="MODULE...")
-@click.option("-w", "--workers", type=int, help="Worker processes.  [default: the CPUs that may be used]")
+@click.option(
+    "-w",
+    "--workers",
+    metavar="N|MIN:MAX",
+    help="Worker processes; MIN:MAX: as many as there is work for.  [default: the CPUs that may be used]",
+)
 @click.option(
     "--max-tasks-per-child", type=int, metavar="N", help="Replace a worker process after so many calls."
 )
@@ -192,10 +197,13 @@ def serve(
 
 
 def _announce(supervisor: Any) -> None:
-    workers, tasks = supervisor.pool.size, len(supervisor.registry)
+    pool, tasks = supervisor.pool, len(supervisor.registry)
+    workers = _count(pool.size, "worker")
+    if pool.least < pool.size:
+        workers = f"{pool.least} to {workers}"
     with suppress(OSError):  # nobody may be there to read it
         where = supervisor.url if supervisor.door is None else f"{supervisor.url} and {supervisor.door.url}"
-        click.echo(f"acomm: ready on {where} with {_count(workers, 'worker')} and {_count(tasks, 'task')}")
+        click.echo(f"acomm: ready on {where} with {workers} and {_count(tasks, 'task')}")
 
 
 def _count(number: int, what: str) -> str:

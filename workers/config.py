@@ -13,7 +13,7 @@ import msgspec
 from acomm.framing import DEFAULT_MAX_FRAME, LARGEST_MAX_FRAME
 from acomm.socketpath import default_socket
 from acomm.streamsocket import EXPIRY
-from workers.errors import ConfigError
+from workers.errors import ConfigError, printable
 
 PREFIX = "ACOMM_"
 
@@ -30,12 +30,13 @@ def available_cpus() -> int:
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a supervisor.
 
-    `workers` processes (default: the processors that we may use), each replaced after `max_tasks_per_child`
-    calls (None: never) and when its memory has grown by `max_worker_growth` bytes; `socket` is a path;
-    `allow_uid` and `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and
-    streams may lead besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds,
-    and so is `forward_timeout`, for requests to other services that bring no timeout of their own.
-    `stream_expiry` is for how many seconds a task's stream waits for its reader.
+    `workers` processes (default: the processors that we may use) at most and `min_workers` (None: as many) at
+    least, each replaced after `max_tasks_per_child` calls (None: never) and when its memory has grown by
+    `max_worker_growth` bytes; `socket` is a path; `allow_uid` and `allow_gid` may connect besides us and
+    root; `allow_hook` are rules for where hooks and streams may lead besides (see `acomm.egress.Policy`);
+    `max_frame` in bytes; `drain_timeout` in seconds, and so is `forward_timeout`, for requests to other
+    services that bring no timeout of their own. `stream_expiry` is for how many seconds a task's stream waits
+    for its reader.
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
 
@@ -46,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     modules: tuple[str, ...] = ()
     workers: Count = msgspec.field(default_factory=available_cpus)
+    min_workers: Count | None = None
     max_tasks_per_child: Count | None = None
     max_worker_growth: Count | None = None
     socket: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(default_factory=default_socket)
@@ -79,15 +81,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """
         values: dict[str, Any] = {}
         if file is not None:
-            values.update(_from_file(Path(file)))
+            values.update(_spread(_from_file(Path(file)), str(file)))
         for name in cls.__struct_fields__:
             text = environ.get(PREFIX + name.upper())
             if text:
-                values[name] = _from_text(cls, name, text)
-        for name, value in given.items():
-            if value is not None:
-                values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-        return _convert(cls, values, "settings")
+                values.update(_spread({name: text}, PREFIX + name.upper()))
+                if isinstance(values[name], str):
+                    values[name] = _from_text(cls, name, text)
+        own = {name: value for name, value in given.items() if value is not None}
+        for name, value in _spread(own, "settings").items():
+            values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+        config = _convert(cls, values, "settings")
+        if config.min_workers is not None and config.min_workers > config.workers:
+            raise ConfigError(f"min_workers is {config.min_workers}, and workers only {config.workers}")
+        return config
 
     @classmethod
     def from_json(cls, text: str) -> Config:
@@ -118,8 +125,28 @@ def _from_file(path: Path) -> dict[str, Any]:
     table = values.get("acomm", values)
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: acomm must be a table")
-    _convert(Config, table, str(path))
+    _convert(Config, _spread(table, str(path)), str(path))
     return dict(table)
+
+
+def _spread(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of one source, in which workers may be "MIN:MAX". A plain number says that they are not to
+    be more or fewer, whatever a source behind has for the minimum.
+    """
+    found = dict(values)
+    workers = found.get("workers")
+    if isinstance(workers, str):
+        least, colon, most = workers.rpartition(":")
+        if not most.isdecimal() or bool(colon) != least.isdecimal():
+            raise ConfigError(f"{where}: workers must be a number or MIN:MAX, not {printable(workers)!r}")
+        found["workers"] = int(most)
+        if not int(most) or (colon and not int(least)):
+            raise ConfigError(f"{where}: workers must be 1 or more, not {printable(workers)!r}")
+        if colon:
+            found["min_workers"] = int(least)
+    if workers is not None:
+        found.setdefault("min_workers", None)
+    return found
 
 
 def _from_text(cls: type[Config], name: str, text: str) -> Any:

@@ -61,6 +61,9 @@ MEMORY_CHECK = 0.05
 """Seconds between looks at the memory of a call whose task limits that: a look costs a thousandth of it, and
 within, a call may take some hundred MB more than it may."""
 
+BACKLOG_PART = 1000
+"""Waiting calls from which the work in a queue is estimated: a look takes some tenths of a millisecond."""
+
 OVERDUE_CHECK = 0.02
 """Seconds between looks at calls that are given up but may yet start to run."""
 
@@ -240,6 +243,31 @@ class Dispatcher:
         if id in self._workers:
             self._workers[id].retiring = True
             self._places.lose(id)
+
+    def dismiss(self, most: int) -> list[int]:
+        """Give nothing more to workers that hold nothing, `most` of them; which ones."""
+        idle = [worker for worker in self._workers.values() if not worker.calls and not worker.retiring]
+        idle.sort(key=lambda worker: (worker.idle, -worker.id))
+        chosen = [worker.id for worker in idle if worker.id not in self._places.kept][:most]
+        for id in chosen:
+            self.retire(id)
+        return chosen
+
+    @property
+    def idle(self) -> int:
+        """Workers that hold nothing and may be given something."""
+        return sum(not worker.calls and not worker.retiring for worker in self._workers.values())
+
+    def backlog(self) -> tuple[int, float]:
+        """How many calls another worker could take now, and the seconds that they will run, as far as that
+        can be predicted. Of a long queue a part is looked at.
+        """
+        live = (call for queue in self._queues.values() for call in queue if not call.settled)
+        part = [self._predicted.get(call.task, 0.0) for call in itertools.islice(live, BACKLOG_PART)]
+        count = sum(map(len, self._queues.values())) - self._stale
+        limited = self._lanes.startable(BACKLOG_PART)
+        seconds = sum(part) / len(part) * count if part else 0.0
+        return count + len(limited), seconds + sum(self._predicted.get(call.task, 0.0) for call in limited)
 
     def load(self, id: int) -> int:
         """How many calls a worker holds."""

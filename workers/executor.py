@@ -65,7 +65,8 @@ class PoolExecutor(concurrent.futures.Executor):
     """Runs functions in `max_workers` processes (as many as there are CPUs for us, by default).
 
     They start at the first submit, from a fresh interpreter, and each calls `initializer(*initargs)` first.
-    `max_tasks_per_child` calls, and a worker is replaced. `preload` are modules that are imported once,
+    `max_tasks_per_child` calls, and a worker is replaced. With `min_workers` so many start, more while calls
+    would wait long, and those go again that have nothing to do. `preload` are modules that are imported once,
     before workers are forked, which saves each of them time and memory. `mp_context` is accepted for programs
     that are written for the standard library's, and has no effect.
 
@@ -80,6 +81,7 @@ class PoolExecutor(concurrent.futures.Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        min_workers: int | None = None,
         preload: Iterable[str] = (),
     ) -> None:
         if pickledworker.within:
@@ -90,6 +92,8 @@ class PoolExecutor(concurrent.futures.Executor):
             raise ValueError("max_workers must be greater than 0")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
+        if min_workers is not None and not (isinstance(min_workers, int) and 1 <= min_workers <= max_workers):
+            raise ValueError(f"min_workers must be 1 to {max_workers}, not {min_workers!r}")
         if max_tasks_per_child is not None:
             if not isinstance(max_tasks_per_child, int):
                 raise TypeError("max_tasks_per_child must be an integer")
@@ -100,6 +104,7 @@ class PoolExecutor(concurrent.futures.Executor):
         pool = Pool(
             tuple(preload),
             workers=max_workers,
+            min_workers=min_workers,
             max_result=2**31,
             target=pickledworker.TARGET,
             setup=setup,

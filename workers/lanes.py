@@ -34,6 +34,10 @@ class _Lane:
     def first(self) -> Call:
         return next(iter(self.queues[-self.order[0]].values()))
 
+    def room(self) -> int:
+        """How many of those that wait may run now."""
+        return (self.first().concurrency or 0) - self.held
+
     def __iter__(self) -> Iterator[Call]:
         """Those that wait, the next one first."""
         for priority in self.order:
@@ -101,14 +105,19 @@ class Lanes:
         """As `first`, of the isolated ones; None if there is none that may run."""
         return min((lane.first() for lane in self.open.values() if lane.isolated), key=turn, default=None)
 
+    def startable(self, most: int) -> list[Call]:
+        """The calls that may run now, `most` of each task."""
+        return [
+            call for lane in self.open.values() for call in itertools.islice(lane, min(most, lane.room()))
+        ]
+
     def count_isolated(self, before: tuple[int, int] | None, most: int) -> int:
         """How many isolated calls may run now whose turn comes `before` another; `most` are counted."""
         count = 0
         for lane in self.open.values():
             if lane.isolated:
-                first = next(iter(lane))
-                room = min(most, (first.concurrency or 0) - lane.held)
-                count += sum(before is None or turn(call) < before for call in itertools.islice(lane, room))
+                calls = itertools.islice(lane, min(most, lane.room()))
+                count += sum(before is None or turn(call) < before for call in calls)
         return min(count, most)
 
     def put_isolated_aside(self) -> None:

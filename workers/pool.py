@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import select
 import shutil
@@ -35,6 +36,7 @@ from workers.errors import ConfigError, WorkerLost, printable
 from workers.memory import Gauges
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
+from workers.scaling import Load, Scaler
 from workers.scoreboard import Scoreboard
 from workers.streaming import Place
 from workers.worker import Settings
@@ -86,7 +88,8 @@ class CallInfo(NamedTuple):
 
 
 class Pool:
-    """Runs calls in `workers` processes which have imported `modules`.
+    """Runs calls in `workers` processes which have imported `modules`; with `min_workers`, in so many, and up
+    to `workers` while there is work for them.
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
@@ -106,6 +109,7 @@ class Pool:
         paths: Sequence[str] = (),
         *,
         workers: int,
+        min_workers: int | None = None,
         max_result: int = 2**26,
         place: Place | None = None,
         allow_hook: Sequence[str] = (),
@@ -117,6 +121,9 @@ class Pool:
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
+        self.least = workers if min_workers is None else min_workers
+        if not 1 <= self.least <= workers:
+            raise ConfigError(f"a pool of {workers} workers has 1 at least, and not {self.least}")
         if max_tasks_per_child is not None and max_tasks_per_child < 1:
             raise ConfigError(f"a worker needs at least one call to run, not {max_tasks_per_child}")
         if max_worker_growth is not None and max_worker_growth < 1:
@@ -134,6 +141,7 @@ class Pool:
         self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
         self._processes = Processes(
             workers,
+            wanted=self.least,
             preload=["workers.worker", *self.modules],
             paths=self.paths,
             target=target,
@@ -143,6 +151,7 @@ class Pool:
         )
         self.max_worker_growth = max_worker_growth
         self._gauges = Gauges()
+        self._scaler = Scaler(self.least, workers, time.monotonic()) if self.least < workers else None
         self._dead: dict[int, tuple[Worker, float]] = {}
         self._stopping = False
         self._catch_up: float | None = None
@@ -209,6 +218,11 @@ class Pool:
     def restarts(self) -> int:
         """Workers that have died and were replaced."""
         return self._processes.restarts
+
+    @property
+    def wanted(self) -> int:
+        """Workers that there should be now."""
+        return self._processes.wanted
 
     @property
     def ready(self) -> int:
@@ -288,6 +302,8 @@ class Pool:
         times = [self._next_due(), self._processes.next_deadline()]
         if self._dead:
             times.append(time.monotonic() + _POLL_LAST_WORDS)
+        if self._scaler is not None and (look := self._next_look(self._scaler)) < math.inf:
+            times.append(look)
         return min((when for when in times if when is not None), default=None)
 
     def _next_due(self) -> float | None:
@@ -318,6 +334,8 @@ class Pool:
                         self._send_to(token, _encode([call.job() for call in calls]))
             if self.dispatcher.spent:
                 self._replace_spent(now)
+            if self._scaler is not None and now >= self._next_look(self._scaler):
+                self._scale(self._scaler, now)
             if self.dispatcher.shared:
                 outcomes += self.dispatcher.shared
                 self.dispatcher.shared.clear()
@@ -412,6 +430,23 @@ class Pool:
         self.dispatcher.spent.clear()
 
     # -- processes ----------------------------------------------------------------------------------
+
+    def _next_look(self, scaler: Scaler) -> float:
+        return math.inf if self._stopping else scaler.next_look(self.wanted, self.dispatcher.queued)
+
+    def _scale(self, scaler: Scaler, now: float) -> None:
+        """Have as many workers as there is work for."""
+        waiting, seconds = self.dispatcher.backlog()
+        spare = self.dispatcher.idle + self._processes.starting
+        wanted = scaler.look(now, Load(self.wanted, spare, waiting, seconds))
+        if wanted > self.wanted and self.healthy:
+            self._processes.grow(wanted, now)
+        elif wanted < self.wanted:
+            for token in self.dispatcher.dismiss(self.wanted - wanted):
+                worker = self._processes.get(token)
+                if worker is not None and worker.status is None:
+                    self._processes.dismiss(worker, now)
+                    self._send(worker, STOP)
 
     def _gauge(self) -> None:
         """What workers have now is not the calls' that they are about to get."""

@@ -60,8 +60,9 @@ class Worker:
 
 
 class Processes:
-    """`size` worker processes that run `target` with what `settings(worker)` gives, forked from a template
-    that has imported `preload`; `paths` go before `sys.path` there, and `cleanup` is removed at the end.
+    """Worker processes, `wanted` of them and `size` at most, that run `target` with what `settings(worker)`
+    gives, forked from a template that has imported `preload`; `paths` go before `sys.path` there, and
+    `cleanup` is removed at the end.
 
     `failure` is set when there can be no worker: the modules cannot be imported, or it cannot be set up.
     """
@@ -70,6 +71,7 @@ class Processes:
         self,
         size: int,
         *,
+        wanted: int,
         preload: Sequence[str],
         paths: Sequence[str],
         target: str,
@@ -78,6 +80,7 @@ class Processes:
         on_death: Callable[[Worker], None],
     ) -> None:
         self.size = size
+        self.wanted = wanted
         self.failure: str | None = None
         self.restarts = 0
         self.starting = 0  # workers that are not ready and not dead
@@ -185,6 +188,20 @@ class Processes:
         worker.stopping = True
         self._leaving[worker.token] = now + LEAVE_TIMEOUT
 
+    def grow(self, wanted: int, now: float) -> None:
+        """Have more of them."""
+        taken = {worker.slot for worker in self._workers.values() if worker.status is None}
+        free = [slot for slot in range(self.size) if slot not in taken and slot not in self._wanted]
+        self.wanted = wanted
+        if self._relaunch is None:
+            for slot in free[: max(0, wanted - len(taken) - len(self._wanted))]:
+                self._fork(slot, now)
+
+    def dismiss(self, worker: Worker, now: float) -> None:
+        """As `leave`, and have one less of them from now on."""
+        self.wanted -= 1
+        self.leave(worker, now)
+
     def kill(self, worker: Worker) -> bool:
         """Have it killed, with its descendants; False if that has been done or cannot be done yet."""
         if worker.status is not None or not worker.pid or worker.killed:
@@ -205,7 +222,7 @@ class Processes:
         )
         self._forkserver.start()
         self._poller.register(self._forkserver.fileno(), select.EPOLLIN)
-        for slot in range(self.size):
+        for slot in range(self.wanted):
             self._fork(slot, now)
 
     def _fork(self, slot: int, now: float) -> None:
@@ -266,6 +283,8 @@ class Processes:
             return
         if leaving is None:
             self.restarts += 1
+        if self.alive + len(self._wanted) >= self.wanted:
+            return
         pause = 0.0
         if not worker.finished and not worker.running.call:
             if not worker.stopping:

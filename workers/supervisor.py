@@ -101,6 +101,7 @@ class Supervisor:
             self.registry.modules,
             self.registry.paths,
             workers=self.config.workers,
+            min_workers=self.config.min_workers,
             # A response is a frame too, and its envelope wants some room.
             max_result=self.config.max_frame - 512,
             place=_place(self.config),
@@ -195,7 +196,7 @@ class Supervisor:
 
         def look() -> None:
             self._drive()
-            if self.pool.ready == self.pool.size or self.pool.failure or not self.pool.healthy:
+            if self.pool.ready >= self.pool.wanted or self.pool.failure or not self.pool.healthy:
                 ready.set()
 
         self._loop.add_reader(self.pool.fileno(), look)
@@ -620,6 +621,7 @@ class Supervisor:
             },
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
+            "pool": {"workers": self.pool.wanted, "min": self.pool.least, "max": self.pool.size},
             "workers": [worker._asdict() for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
