@@ -323,26 +323,26 @@ class Dispatcher:
     def answered(self, id: int, answer: Answer, now: float) -> Outcome | None:
         """A worker has answered. None: the call runs again later, or is no longer waited for."""
         worker = self._workers.get(id)
+        number, failure = answer.number, answer.failure
         if answer.stream is not None:
-            return self._began_to_stream(worker, answer.number, answer.stream)
-        if answer.failure is not None and answer.failure.code in (ABANDONED, OUTGROWN):
-            if answer.failure.code == ABANDONED:
-                self._abandoned(worker, answer.number, now)
+            return self._began_to_stream(worker, number, answer.stream)
+        if failure is not None and failure.code in (ABANDONED, OUTGROWN):
+            if failure.code == ABANDONED:
+                self._abandoned(worker, number, now)
             elif worker is not None:
                 worker.left = 0
                 self._look_spent(worker)
             return None
-        call = worker.calls.pop(answer.number, None) if worker else None
+        call = worker.calls.pop(number, None) if worker else None
         if worker is None or call is None:
             return None
-        number = answer.number
         self.assigned -= 1
         del self._holder[number]
         if call.timeout is not None or call.settled or call.abandoned:
             self._limits.discard(number)
         if call.concurrency is not None:
             self._lanes.release(call)
-        if answer.failure is not None and answer.failure.code == RETURNED:
+        if failure is not None and failure.code == RETURNED:
             # It was behind one that lasts, and so would be whatever else its worker got.
             worker.load = self.window if worker.calls else 0.0
             if worker.left >= 0:
@@ -359,18 +359,18 @@ class Dispatcher:
             self._learn(call.task, answer.seconds)
         if call.settled:
             return None
-        if answer.failure is None:
+        if failure is None:
             return self._settle(call, answer.result, None)
         doom = worker.doomed.get(number)
         if doom is not None:
             return self._settle(call, None, doom)
         call.failed += 1
-        if answer.failure.retriable and call.failed <= call.retries and not call.streaming:
+        if failure.retriable and call.failed <= call.retries and not call.streaming:
             self._renumber(call)
             self.queued += 1
             self._backoff.set(call.number, now + (call.backoff(call.failed) if call.backoff else 0.0))
             return None
-        return self._settle(call, None, answer.failure.error())
+        return self._settle(call, None, failure.error())
 
     def _look_spent(self, worker: _Worker) -> None:
         """A worker gets nothing more: it is replaced, once it holds nothing."""
@@ -413,15 +413,21 @@ class Dispatcher:
             if worker.left and not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
         ]
         heapq.heapify(free)
-        while (call := self._front()) is not None and (free or call.isolated):
-            if call.isolated:
+        isolated = bool(self._open) and self._lanes.first_isolated() is not None
+        # What is looked up for every call is looked up once.
+        front, predict, holder = self._front, self._predicted.get, self._holder
+        window, max_window = self.window, self.max_window
+        while (call := front()) is not None and (free or isolated):
+            if isolated and call.isolated:
                 self._isolate(call, free, now, batches)
                 continue
+            if not free:
+                break
             load, id, worker = free[0]
-            cost = self._predicted.get(call.task)
-            fits = cost is not None and load + cost <= self.window and len(worker.calls) < self.max_window
+            cost = predict(call.task)
+            fits = cost is not None and load + cost <= window and len(worker.calls) < max_window
             if worker.calls and not fits:
-                if len(worker.calls) < self.max_window:
+                if len(worker.calls) < max_window:
                     break  # the least loaded has no room for this one, so nobody has
                 heapq.heappop(free)
                 continue
@@ -429,10 +435,11 @@ class Dispatcher:
             if not worker.calls:
                 worker.heard = now
                 worker.idle = _USED
-            call.cost = self.window if cost is None else cost
-            worker.load += call.cost
-            worker.calls[call.number] = call
-            self._holder[call.number] = worker
+            number = call.number
+            call.cost = cost = window if cost is None else cost
+            worker.load += cost
+            worker.calls[number] = call
+            holder[number] = worker
             self.assigned += 1
             if call.timeout is not None:
                 self._limit(call, worker, now)
@@ -640,9 +647,7 @@ class Dispatcher:
         call.settled = True
         del self._calls[call.number]
         if call.sharers is not None:
-            first, *others = self._sharing.end(call)
-            self.shared += [self._settle_member(member, result, error) for member in others]
-            return self._settle_member(first, result, error)
+            return self._settle_all(call, result, error)
         if call.deadline is not None:
             self._deadlines.discard(call.number)
         return Outcome(call, result, error)
@@ -675,6 +680,11 @@ class Dispatcher:
             self._queues[run.priority].remove(run)  # a search, which few calls pay for
         run.priority, run.rank = priority, 0
         self._enqueue(run)
+
+    def _settle_all(self, run: Call, result: bytes | None, error: AcommError | None) -> Outcome:
+        first, *others = self._sharing.end(run)
+        self.shared += [self._settle_member(call, result, error) for call in others]
+        return self._settle_member(first, result, error)
 
     def _settle_member(self, call: Call, result: bytes | None, error: AcommError | None) -> Outcome:
         call.settled = True
