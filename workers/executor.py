@@ -35,11 +35,14 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ParamSpec, TypeVar
 
 from workers import pickledworker
+from workers.buffers import Stored
 from workers.calls import Call, Outcome
 from workers.errors import AcommError, CallCancelled, WorkerLost
+from workers.exchange import Exchange
 from workers.futures import Future
 from workers.pickling import Functions, RemoteTraceback, dump, outcome
 from workers.pool import Pool
+from workers.segments import Place, Reader, Segment
 
 __all__ = ["BrokenPool", "CallLost", "Future", "PoolExecutor"]
 
@@ -70,6 +73,10 @@ class PoolExecutor(concurrent.futures.Executor):
     before workers are forked, which saves each of them time and memory. `mp_context` is accepted for programs
     that are written for the standard library's, and has no effect.
 
+    Large arguments and results lie in shared memory, at most `shared_memory` bytes of it: half is for
+    arguments, a worker's equal share of the other half for its results. What finds no room there travels as
+    small ones do. By default it is a quarter of the machine's memory; with 0 there is none.
+
     Raises ValueError and TypeError for what makes no sense, RuntimeError in a worker of such a pool.
     """
 
@@ -83,6 +90,7 @@ class PoolExecutor(concurrent.futures.Executor):
         max_tasks_per_child: int | None = None,
         min_workers: int | None = None,
         preload: Iterable[str] = (),
+        shared_memory: int | None = None,
     ) -> None:
         if pickledworker.within:
             raise RuntimeError("a worker of a PoolExecutor cannot have a PoolExecutor of its own")
@@ -99,8 +107,15 @@ class PoolExecutor(concurrent.futures.Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
+        if shared_memory is None:
+            shared_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        if not isinstance(shared_memory, int):
+            raise TypeError("shared_memory must be an integer, bytes")
+        if shared_memory < 0:
+            raise ValueError("shared_memory must be >= 0")
+        exchange = Exchange(shared_memory, max_workers) if shared_memory // 2 // max_workers else None
         authkey = bytes(multiprocessing.current_process().authkey)
-        setup = dump((initializer, tuple(initargs), authkey))
+        setup = dump((initializer, tuple(initargs), authkey, exchange.share if exchange else 0))
         pool = Pool(
             tuple(preload),
             workers=max_workers,
@@ -112,7 +127,8 @@ class PoolExecutor(concurrent.futures.Executor):
         )
         self._max_workers = max_workers  # joblib and others look at it
         self._functions = Functions()
-        self._engine = _Engine(pool)
+        self._arena = exchange.arena if exchange else None
+        self._engine = _Engine(pool, exchange)
         self._drop = weakref.finalize(self, self._engine.close)
         self._drop.atexit = False
 
@@ -130,13 +146,17 @@ class PoolExecutor(concurrent.futures.Executor):
         future: Future[T] = Future(engine.on_cancel)
         try:
             prepared = self._functions.prepare(fn)
-            data = prepared.call(args, kwargs)
+            data = prepared.call(args, kwargs, self._arena)
         except (Exception, SystemExit) as error:
             engine.check()
             future.set_exception(error)
             return future
-        future.call = call = Call(prepared.name, data, tag=future)
-        engine.submit(call)
+        if isinstance(data, Stored):
+            future.call = call = Call(prepared.name, data.data, tag=future)
+            engine.submit_stored(call, data.segment)
+        else:
+            future.call = call = Call(prepared.name, data, tag=future)
+            engine.submit(call)
         return future
 
     def map(
@@ -205,9 +225,10 @@ def _results(
 class _Engine:
     """The thread that drives the pool. `command` has a function called there."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, exchange: Exchange | None) -> None:
         self._pool = pool
         self._pool.claim = lambda call: call.tag.begin()
+        self._pool.exchange = self._exchange = exchange
         self.on_cancel = self._cancelled  # one bound method for all futures
         self._lock = threading.RLock()  # a collection within may drop an executor, which closes its engine
         self._inbox: deque[Any] = deque()  # Calls, and commands as tuples
@@ -250,6 +271,16 @@ class _Engine:
             if self._sleeping:
                 self._wake()
 
+    def submit_stored(self, call: Call, segment: Segment) -> None:
+        """The same for a call whose arguments lie in shared memory."""
+        assert self._exchange is not None
+        self._exchange.lend(call, segment)
+        try:
+            self.submit(call)
+        except RuntimeError:  # it is not taken
+            self._exchange.ended(call, self._pool.dispatcher.holder)
+            raise
+
     def _send_at_once(self, call: Call) -> None:
         """Nothing is under way and the engine waits: a hop to its thread would only cost time.
 
@@ -285,6 +316,8 @@ class _Engine:
             self._closing = True
             self._cancel_all |= cancel_futures
             self._wake()
+            if self._thread is None and self._exchange is not None:
+                self._exchange.close()
 
     def join(self) -> None:
         if self._thread is not None and self._pid == os.getpid():
@@ -318,6 +351,8 @@ class _Engine:
             raise
         finally:
             self._pool.close()
+            if self._exchange is not None:
+                self._exchange.close()
             with self._lock:
                 self._closing = True
                 self._poller.close()
@@ -340,6 +375,8 @@ class _Engine:
                 call.tag.cancel()
         for ended in self._pool.process_events():
             self._settle(ended)
+        if self._exchange is not None:
+            self._tidy(self._exchange)
         if self._pool.failure is not None:
             self._break(f"no worker can be started: {self._pool.failure}")
         elif self._pool.restarts != self._restarts:
@@ -347,8 +384,18 @@ class _Engine:
             if not self._pool.ready and not self._pool.healthy:
                 self._break("workers die over and over before they have run a call")
 
+    def _tidy(self, exchange: Exchange) -> None:
+        if exchange.dead:
+            # Behind what they have answered last, which may be in the inbox.
+            self.command(exchange.bury, exchange.dead)
+            exchange.dead = []
+        if exchange.arena.due is not None:
+            exchange.tidy(time.monotonic(), self._pool.dispatcher.holder)
+
     def _wait(self) -> None:
         due = self._pool.next_deadline()
+        if self._exchange is not None and (idle := self._exchange.arena.due) is not None:
+            due = idle if due is None else min(due, idle)
         timeout = -1.0 if due is None else max(0.0, due - time.monotonic())
         with self._lock:
             # Who adds to the inbox from here on sees that we sleep; what was added before, we see.
@@ -373,6 +420,9 @@ class _Engine:
     def _settle(self, ended: Outcome) -> None:
         call = ended.call
         future: Future[Any] = call.tag
+        exchange = self._exchange
+        if exchange is not None and exchange.lent:
+            exchange.ended(call, self._pool.dispatcher.holder)
         if future.call is None:
             return  # the pool is broken, and it has been told
         future.call = None
@@ -381,13 +431,17 @@ class _Engine:
             return
         if ended.error is None:
             assert ended.result is not None
-            result, error = outcome(ended.result)
+            result, error = outcome(ended.result, self._find)
             if error is None:
                 future.set_result(result)
                 return
         else:
             error = self._error(call, ended.error)
         future.set_exception(error)
+
+    def _find(self, place: Place) -> Reader:
+        assert self._exchange is not None, "workers store results only where we gave them room"
+        return self._exchange.find(place)
 
     def _error(self, call: Call, error: AcommError) -> BaseException:
         killed = call in self._killed

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing.process
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +18,11 @@ import zmq
 from acomm.egress import Policy
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
+from workers.exchange import number_of
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
 from workers.registry import Registry
 from workers.scoreboard import SlotWriter
+from workers.segments import Arena, Reader
 from workers.streaming import Place
 from workers.template import end_copy
 from workers.worker import Settings, Worker, failure_of, serve
@@ -29,12 +34,15 @@ within = False
 
 
 def main(config: bytes, fds: list[int]) -> None:
-    """The forked worker's whole life. Its setup is a pickle of (initializer, initargs, authkey)."""
+    """The forked worker's whole life. Its setup is a pickle of (initializer, initargs, authkey, bytes of shared
+    memory for results). `fds` are the scoreboard's and, unless those bytes are 0, the files of segments: arguments',
+    results'.
+    """
     global within
     within = True
     settings = msgspec.msgpack.decode(config, type=Settings)
     try:
-        initializer, initargs, authkey = load(settings.setup)
+        initializer, initargs, authkey, share = load(settings.setup)
         process = multiprocessing.process.current_process()
         process.authkey = authkey  # the queues and proxies of the program's managers ask for it
         process.name = f"PoolExecutor-{settings.slot + 1}"  # in logs
@@ -43,7 +51,39 @@ def main(config: bytes, fds: list[int]) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         sys.exit(UNFIT)
-    serve(settings, fds, PickledWorker)
+    reader = arena = None
+    if share:
+        number = number_of(settings.identity)
+        reader = Reader(fds[1], number, private=True)
+        arena = _Trimmer(fds[2], share, number).arena
+
+    def make(socket: zmq.Socket[bytes], slot: SlotWriter) -> Worker:
+        return PickledWorker(socket, slot, reader, arena)
+
+    serve(settings, fds, make)
+
+
+class _Trimmer:
+    """A thread that frees idle memory, there from when there is some."""
+
+    def __init__(self, fd: int, limit: int, number: int) -> None:
+        self.arena = Arena(fd, limit, number, self._wake)
+        self._due = threading.Event()
+        self._started = False
+
+    def _wake(self) -> None:
+        self._due.set()
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._run, name="acomm-trim", daemon=True).start()
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the task's
+        while self._due.wait():
+            self._due.clear()
+            while (due := self.arena.due) is not None:
+                time.sleep(max(0.0, due - time.monotonic()))
+                self.arena.trim(time.monotonic())
 
 
 class _Expected:
@@ -63,9 +103,12 @@ class _Expected:
 class PickledWorker(Worker):
     """Runs pickled calls."""
 
-    def __init__(self, socket: zmq.Socket[bytes], slot: SlotWriter) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], slot: SlotWriter, reader: Reader | None, arena: Arena | None
+    ) -> None:
         super().__init__(Registry(()), socket, slot, MAX_CALL, Place(), Policy())
-        self._loader = Loader()
+        self._loader = Loader(reader)
+        self._arena = arena
         known: dict[str, Any] = {}
         get = known.get
         self._find = lambda name: get(name) or known.setdefault(name, _Expected())
@@ -75,7 +118,8 @@ class PickledWorker(Worker):
             assert job.args is not None
             function: Callable[..., Any]
             function, args, kwargs = self._loader.call(job.args)
-            return Answer(job.number, 0.0, dump_result(function(*args, **kwargs), self._max_result))
+            result = function(*args, **kwargs)
+            return Answer(job.number, 0.0, dump_result(result, self._max_result, self._arena))
         except BaseException as error:  # SystemExit too: a call ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)

@@ -2,14 +2,18 @@
 
     call:    4 bytes, the length n of the function's pickle | that pickle | pickle of (args, kwargs)
              n = 0: no function before; the pickle is of (function, args, kwargs)
-    answer:  a pickle of the result, or "!" and a pickle of (exception, traceback's text)
+    large:   4 bytes 0xFFFFFFFF | 4 bytes, the length of a place | the place, of the last pickle | the rest
+    answer:  a pickle of the result, or "@" and the place of one, or "!" and a pickle of (exception,
+             traceback's text)
+
+A place is where in shared memory the pickle is with its buffers (`workers.buffers`).
 
 Plain pickle wherever it can. By dill go functions that it cannot find by name (lambdas, nested ones), and all
 that refers to `__main__`, which a worker does not have: it is never run again there, so scripts need no
 `if __name__ == "__main__"`. What comes back refers to `__main__` by name, so a result or an exception is of
 the class that the program knows.
 
-`dump` and `load` are the only places where bytes of calls and results are made and read.
+Bytes of calls and results are made and read only here.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from io import BytesIO
 from struct import Struct
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from acomm import handlers
+from workers import buffers
+from workers.buffers import LARGE, LargeBuffer, Pickled, Stored, small
 from workers.errors import TooLarge
+from workers.segments import Arena, Place, Reader
 
 PROTOCOL = 5
 
@@ -37,21 +43,56 @@ MAX_CALL = 2**31
 
 _LENGTH = Struct("=I")
 _ALONE = _LENGTH.pack(0)
-_ERROR = b"!"  # no pickle begins with it
+_PLACED = 2**32 - 1
+_PLACE = Struct("=II")
+_PICKLE, _ERROR, _STORED = 0x80, b"!", b"@"  # how answers begin, a pickle by nature
 _KEPT = 256  # functions that a worker keeps loaded
 _MAX_KEPT = 65536  # bytes of a function's pickle; a larger one carries data, and is not kept
 _CONSTANT = (int, float, complex, str, bytes, type(None), ModuleType)
+
+
+_UNFIT = (pickle.PicklingError, AttributeError, TypeError)
+"""What the plain pickler raises of values that are not for it, or for none."""
 
 
 def dump(value: Any) -> bytes:
     """Pickle what goes to a worker. Raises what pickling raises."""
     try:
         data = pickle.dumps(value, PROTOCOL)
-    except (pickle.PicklingError, AttributeError):
+    except _UNFIT as error:
         with suppress(Exception):  # the plain pickler's word is the clearer one
-            return handlers.dump_value(value)
+            if not isinstance(error, TypeError):
+                return handlers.dump_value(value)
+            data = buffers.dump(value, beside=False).joined()
+            return handlers.dump_value(value) if b"__main__" in data else data
         raise
     return handlers.dump_value(value) if b"__main__" in data else data
+
+
+def dump_small(value: Any, arena: Arena) -> bytes | Stored:
+    """As `dump`, at the least price for a value that is small. One that is not goes to shared memory, if
+    there is room.
+    """
+    try:
+        data = pickle.dumps(value, PROTOCOL, buffer_callback=small)
+    except (LargeBuffer, *_UNFIT):
+        return dump_large(value, arena)
+    if b"__main__" in data:
+        data = handlers.dump_value(value)
+    return data if len(data) < LARGE else Pickled([data], []).store(arena) or data
+
+
+def dump_large(value: Any, arena: Arena) -> bytes | Stored:
+    """The same, for a value that is large."""
+    try:
+        pickled = buffers.dump(value)
+        if pickled.names_main:
+            pickled = Pickled([dump(value)], [])
+    except _UNFIT:
+        pickled = Pickled([dump(value)], [])
+    if pickled.is_large and (stored := pickled.store(arena)):
+        return stored
+    return dump(value) if pickled.buffers else pickled.joined()
 
 
 load = pickle.loads
@@ -62,21 +103,36 @@ load = pickle.loads
 
 
 class Prepared:
-    """A function as calls of it travel: `head` is b"" if it goes along with the arguments."""
+    """A function as calls of it travel: `head` is b"" if it goes along with the arguments. `large` is whether
+    those of its last call were: the next ones are, too, for all one knows.
+    """
 
-    __slots__ = ("function", "head", "name")
+    __slots__ = ("function", "head", "large", "name")
 
     def __init__(self, function: Callable[..., Any], name: str, head: bytes) -> None:
         self.function = function
         self.name = name
         self.head = head
+        self.large = False
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        """The bytes of a call. Raises what pickling raises, and TooLarge."""
-        if self.head:
-            data = self.head + dump((args, kwargs))
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], arena: Arena | None) -> bytes | Stored:
+        """The bytes of a call, a Stored's if part of it lies in `arena`. Raises what pickling raises, and
+        TooLarge.
+        """
+        value = (args, kwargs) if self.head else (self.function, args, kwargs)
+        if arena is None:
+            dumped: bytes | Stored = dump(value)
+        elif self.large:
+            dumped = dump_large(value, arena)
+            self.large = type(dumped) is not bytes
         else:
-            data = _ALONE + dump((self.function, args, kwargs))
+            dumped = dump_small(value, arena)
+        if isinstance(dumped, Stored):
+            self.large = True
+            place = dumped.data
+            dumped.data = _PLACE.pack(_PLACED, len(place)) + place + (self.head or _ALONE)
+            return dumped
+        data = (self.head or _ALONE) + dumped
         if len(data) > MAX_CALL:
             raise TooLarge(f"the call of {self.name} is {len(data)} bytes pickled; the limit is {MAX_CALL}")
         return data
@@ -194,16 +250,25 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.text}"""'
 
 
-def outcome(answer: bytes) -> tuple[Any, BaseException | None]:
-    """The result or the exception that a worker sent; whatever loading it raises is the exception."""
+def outcome(answer: bytes, find: Callable[[Place], Reader]) -> tuple[Any, BaseException | None]:
+    """The result or the exception that a worker sent; whatever loading it raises is the exception. `find`
+    has the reader of what workers put in shared memory.
+    """
     try:
-        if not answer.startswith(_ERROR):
+        if answer[0] == _PICKLE:
             return load(answer), None
+        if (place := place_in(answer)) is not None:
+            return buffers.load(find(place), place), None
         error, text = load(memoryview(answer)[1:])
         error.__cause__ = RemoteTraceback(text)
         return None, error
     except BaseException as error:
         return None, error
+
+
+def place_in(answer: bytes) -> Place | None:
+    """Where the result is that an answer tells of; None if it has it itself."""
+    return buffers.place_of(memoryview(answer)[1:]) if answer.startswith(_STORED) else None
 
 
 # -- the worker's side
@@ -212,27 +277,38 @@ def outcome(answer: bytes) -> tuple[Any, BaseException | None]:
 class Loader:
     """Loads calls; functions that it has had before are not loaded again."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader | None = None) -> None:
+        self._reader = reader
         self._known: OrderedDict[bytes, Callable[..., Any]] = OrderedDict()
 
     def call(self, data: bytes) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Raises what unpickling raises."""
         (length,) = _LENGTH.unpack_from(data)
+        if 0 < length < _PLACED:
+            function = self._function(data[4 : 4 + length])
+            args, kwargs = load(memoryview(data)[4 + length :])
+            return function, args, kwargs
         if not length:
             return load(memoryview(data)[4:])  # type: ignore[no-any-return]
-        head = data[4 : 4 + length]
+        _, length = _PLACE.unpack_from(data)
+        place = buffers.place_of(memoryview(data)[8 : 8 + length])
+        assert self._reader is not None, "a program that stores has given us what to read from"
+        value = buffers.load(self._reader, place)
+        head = data[8 + length + 4 :]
+        return (self._function(head), *value) if head else value
+
+    def _function(self, head: bytes) -> Callable[..., Any]:
         function = self._known.get(head)
         if function is None:
             function = load(head)
-            if length <= _MAX_KEPT:
+            if len(head) <= _MAX_KEPT:
                 self._known[head] = function
                 if len(self._known) > _KEPT:
                     self._known.popitem(last=False)
-        args, kwargs = load(memoryview(data)[4 + length :])
-        return function, args, kwargs
+        return function
 
 
-class _MainPickler(pickle.Pickler):
+class _MainPickler(buffers.Pickler):
     """Names what is of the program's `__main__`, though it is not to be found in ours."""
 
     def reducer_override(self, obj: Any) -> Any:
@@ -249,15 +325,37 @@ def from_main(qualname: str) -> Any:
 def _answer(value: Any) -> bytes:
     try:
         return pickle.dumps(value, PROTOCOL)
+    except _UNFIT:
+        return _pickled(value, beside=False).joined()
+
+
+def _pickled(value: Any, *, beside: bool) -> Pickled:
+    try:
+        return buffers.dump(value, beside=beside)
     except (pickle.PicklingError, AttributeError):
-        file = BytesIO()
-        _MainPickler(file, PROTOCOL).dump(value)
-        return file.getvalue()
+        return buffers.dump(value, _MainPickler, beside=beside)
 
 
-def dump_result(value: Any, limit: int) -> bytes:
-    """Raises what pickling raises, and TooLarge."""
-    data = _answer(value)
+def dump_result(value: Any, limit: int, arena: Arena | None) -> bytes:
+    """The bytes of an answer; those of a large result lie in `arena`, if there is room. Raises what pickling
+    raises, and TooLarge.
+    """
+    if arena is None:
+        data = _answer(value)
+    else:
+        try:
+            if type(value) is bytes and len(value) >= LARGE:
+                raise LargeBuffer
+            data = pickle.dumps(value, PROTOCOL, buffer_callback=small)
+            stored = Pickled([data], []).store(arena) if len(data) >= LARGE else None
+        except (LargeBuffer, *_UNFIT):
+            pickled = _pickled(value, beside=True)
+            stored = pickled.store(arena) if pickled.is_large else None
+            if stored is None:
+                data = _answer(value) if pickled.buffers else pickled.joined()
+        if stored is not None:
+            arena.lend(stored.segment)
+            return _STORED + stored.data
     if len(data) > limit:
         raise TooLarge(f"the result is {len(data)} bytes pickled; the limit is {limit}")
     return data

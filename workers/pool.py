@@ -33,6 +33,7 @@ import zmq
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
 from workers.errors import ConfigError, WorkerLost, printable
+from workers.exchange import Exchange
 from workers.memory import Gauges
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
@@ -97,7 +98,8 @@ class Pool:
     `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never).
     `target` is what a worker runs, and `setup` is for workers of another kind than ours.
 
-    `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up.
+    `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up. `exchange`,
+    if set before the start, gives the workers descriptors of shared memory, and is told whose is free.
 
     `failure` is set when the modules cannot be imported in a worker: nothing runs any more then, and all
     calls end with WorkerLost.
@@ -138,6 +140,7 @@ class Pool:
         self.target = target
         self.setup = setup
         self.claim: Callable[[Call], bool] | None = None
+        self.exchange: Exchange | None = None
         self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
         self._processes = Processes(
             workers,
@@ -146,6 +149,7 @@ class Pool:
             paths=self.paths,
             target=target,
             settings=self._settings,
+            fds=self._fds,
             on_ready=self._worker_ready,
             on_death=self._worker_died,
         )
@@ -397,6 +401,8 @@ class Pool:
             outcome = self.dispatcher.answered(worker.token, answer, now)
             if outcome is not None:
                 outcomes.append(outcome)
+            elif self.exchange is not None and answer.result is not None:
+                self.exchange.unclaimed(answer.result)
             if answer.result is None and not answer.ends:
                 worker.finished -= 1
 
@@ -473,6 +479,9 @@ class Pool:
         )
         return _encode(settings)
 
+    def _fds(self, worker: Worker) -> list[int]:
+        return [] if self.exchange is None else self.exchange.fds(worker.identity)
+
     def _worker_died(self, worker: Worker) -> None:
         """What it held is settled when its last words have been read."""
         self.dispatcher.retire(worker.token)
@@ -487,6 +496,8 @@ class Pool:
         for worker in silent:
             del self._dead[worker.token]
             self._processes.forget(worker)
+            if self.exchange is not None:
+                self.exchange.died(worker.identity)
             lost = functools.partial(worker_lost, worker=worker, now=now)
             outcomes += self.dispatcher.worker_lost(worker.token, worker.running.call, lost)
 

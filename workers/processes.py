@@ -62,7 +62,7 @@ class Worker:
 class Processes:
     """Worker processes, `wanted` of them and `size` at most, that run `target` with what `settings(worker)`
     gives, forked from a template that has imported `preload`; `paths` go before `sys.path` there, and
-    `cleanup` is removed at the end.
+    `cleanup` is removed at the end. `fds(worker)` are descriptors that it gets after the scoreboard's.
 
     `failure` is set when there can be no worker: the modules cannot be imported, or it cannot be set up.
     """
@@ -76,6 +76,7 @@ class Processes:
         paths: Sequence[str],
         target: str,
         settings: Callable[[Worker], bytes],
+        fds: Callable[[Worker], Sequence[int]],
         on_ready: Callable[[Worker], None],
         on_death: Callable[[Worker], None],
     ) -> None:
@@ -88,6 +89,7 @@ class Processes:
         self._paths = paths
         self._target = target
         self._settings = settings
+        self._fds = fds
         self._on_ready = on_ready
         self._on_death = on_death
         self._budget = RestartBudget(max(10, 5 * size))
@@ -232,7 +234,8 @@ class Processes:
         self.starting += 1
         self._scoreboard.clear(slot)
         try:
-            self._forkserver.fork(worker.token, self._settings(worker), [self._scoreboard.fd])
+            fds = [self._scoreboard.fd, *self._fds(worker)]
+            self._forkserver.fork(worker.token, self._settings(worker), fds)
         except OSError:  # out of descriptors
             self._died(worker, 1, now)
 
