@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import copyreg
 import pickle
-from collections import ChainMap
 from typing import Any
 
 import msgspec
 
 from workers.segments import Arena, Buffer, Place, Reader, Segment
 
-LARGE = 65536
+LARGE = 98304
 """Bytes from which on shared memory is the faster way."""
 
 _FRAMES = (b"\x95", b"\x80\x05\x95")
@@ -73,12 +72,6 @@ def _view(buffer: Buffer, format: str, shape: tuple[int, ...] | None) -> memoryv
     return flat.cast(format) if shape is None else flat.cast(format, shape)  # type: ignore[call-overload, no-any-return]
 
 
-class Pickler(pickle.Pickler):
-    """Knows memoryviews. Not by `copyreg`, which is the program's."""
-
-    dispatch_table = ChainMap[Any, Any]({memoryview: _reduce}, copyreg.dispatch_table)  # noqa: RUF012
-
-
 class Pickled:
     """A value as a stream in pieces, and the buffers that are not part of it."""
 
@@ -112,7 +105,7 @@ def _is_frame(piece: Buffer) -> bool:
     return bytes(piece[:3]).startswith(_FRAMES)
 
 
-def dump(value: Any, pickler: type[pickle.Pickler] = Pickler, *, beside: bool = True) -> Pickled:
+def dump(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler, *, beside: bool = True) -> Pickled:
     """Pickle, with large buffers beside the stream, unless told not to. Raises what pickling raises."""
     pieces = _Pieces()
     buffers: list[memoryview[int]] = []
@@ -127,7 +120,10 @@ def dump(value: Any, pickler: type[pickle.Pickler] = Pickler, *, beside: bool = 
         buffers.append(raw)
         return False
 
-    pickler(pieces, 5, buffer_callback=within if beside else None).dump(value)
+    writer = pickler(pieces, 5, buffer_callback=within if beside else None)
+    # Not by `copyreg` itself, which is the program's. A chain of maps would cost time for each object.
+    writer.dispatch_table = {**copyreg.dispatch_table, memoryview: _reduce}
+    writer.dump(value)
     return Pickled(pieces, buffers)
 
 

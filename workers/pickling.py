@@ -308,7 +308,7 @@ class Loader:
         return function
 
 
-class _MainPickler(buffers.Pickler):
+class _MainPickler(pickle.Pickler):
     """Names what is of the program's `__main__`, though it is not to be found in ours."""
 
     def reducer_override(self, obj: Any) -> Any:

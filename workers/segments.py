@@ -54,6 +54,12 @@ ALIGNMENT = 64
 LEAST = 65536
 """Bytes of file of the smallest segment. Others are powers of two: what is not written takes no memory."""
 
+MAPPED = 524288
+"""Bytes from which on mapping is faster than copying."""
+
+MOST_MAPPED = 16384
+"""Mappings at a time; further segments are copied. Linux allows a process 65530."""
+
 _LEDGER = 65536
 _SEGMENTS = _LEDGER // 8
 _PARTS = 1024  # IOV_MAX, of Linux
@@ -80,6 +86,7 @@ _fallocate = _libc.fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 _forks = 0
+_mappings: set[int] = set()  # addresses
 
 
 def _about_to_fork() -> None:
@@ -342,26 +349,37 @@ class Reader:
         forks = _forks
         starts, total = layout(place.sizes)
         self._ledger[place.index] = self._number
-        try:
-            mapped = _map(self._fd, place.offset, total, self._flags)
-        except OSError:  # a limit to address space, or to mappings
-            data = self._copy(place, total)
-            self.give_back(place.index)
-            whole = memoryview(data)
+        mapped = None
+        if total >= MAPPED and len(_mappings) < MOST_MAPPED:
+            mapped = self._map(place.offset, total)
+        if mapped is None:
+            try:
+                whole = memoryview(self._copy(place.offset, total))
+            finally:
+                self.give_back(place.index)
         else:
-            if self._private:
-                _madvise(ctypes.addressof(mapped), total, _POPULATE_READ)  # only a matter of speed
+            address = ctypes.addressof(mapped)
             whole = memoryview(mapped).cast("B")[:total]
-            back = weakref.finalize(mapped, _unmap, ctypes.addressof(mapped), total, self, place.index, forks)
+            _mappings.add(address)
+            back = weakref.finalize(mapped, _unmap, address, total, self, place.index, forks)
             back.atexit = False
         return [whole[start : start + size] for start, size in zip(starts, place.sizes, strict=True)]
 
-    def _copy(self, place: Place, total: int) -> bytearray:
-        data = bytearray(total)
+    def _map(self, offset: int, size: int) -> ctypes.Array[ctypes.c_ubyte] | None:
+        try:
+            mapped = _map(self._fd, offset, size, self._flags)
+        except OSError:  # a limit to address space, or to mappings
+            return None
+        if self._private:
+            _madvise(ctypes.addressof(mapped), size, _POPULATE_READ)  # only a matter of speed
+        return mapped
+
+    def _copy(self, offset: int, size: int) -> bytearray:
+        data = bytearray(size)
         view = memoryview(data)
         done = 0
-        while done < total:
-            count = os.preadv(self._fd, [view[done:]], place.offset + done)
+        while done < size:
+            count = os.preadv(self._fd, [view[done:]], offset + done)
             if not count:
                 raise OSError("a segment of shared memory is shorter than it should be")
             done += count
@@ -374,6 +392,7 @@ class Reader:
 
 def _unmap(address: int, size: int, reader: Reader, index: int, forks: int) -> None:
     _munmap(address, size)
+    _mappings.discard(address)
     if forks == _forks:
         reader.give_back(index)
 
