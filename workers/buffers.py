@@ -23,6 +23,9 @@ from workers.segments import Arena, Buffer, Place, Reader, Segment
 LARGE = 98304
 """Bytes from which on shared memory is the faster way."""
 
+_PIECE = 65536
+"""Bytes of a value from which on a pickler writes it as a piece of its own."""
+
 _FRAMES = (b"\x95", b"\x80\x05\x95")
 """How a pickler's own pieces begin, but for some of a few bytes: a FRAME opcode. Others are values."""
 
@@ -83,12 +86,12 @@ class Pickled:
 
     @property
     def is_large(self) -> bool:
-        return bool(self.buffers) or sum(map(len, self.pieces)) >= LARGE
+        return sum(map(len, self.buffers)) + sum(map(len, self.pieces)) >= LARGE
 
     @property
     def names_main(self) -> bool:
         """Whether it may refer to something of `__main__`."""
-        return any(b"__main__" in piece for piece in self.pieces if len(piece) < LARGE or _is_frame(piece))
+        return any(b"__main__" in piece for piece in self.pieces if len(piece) < _PIECE or _is_frame(piece))
 
     def joined(self) -> bytes:
         """The stream, which must be all."""
@@ -115,7 +118,7 @@ def dump(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler, *, beside: 
             raw = buffer.raw()
         except BufferError:  # pickle says what is wrong
             return True
-        if raw.nbytes < LARGE:
+        if raw.nbytes < _PIECE:
             return True
         buffers.append(raw)
         return False

@@ -57,15 +57,17 @@ _UNFIT = (pickle.PicklingError, AttributeError, TypeError)
 
 def dump(value: Any) -> bytes:
     """Pickle what goes to a worker. Raises what pickling raises."""
+    data = None
     try:
         data = pickle.dumps(value, PROTOCOL)
-    except _UNFIT as error:
+    except TypeError:
+        pass  # it may be a memoryview
+    except (pickle.PicklingError, AttributeError):
         with suppress(Exception):  # the plain pickler's word is the clearer one
-            if not isinstance(error, TypeError):
-                return handlers.dump_value(value)
-            data = buffers.dump(value, beside=False).joined()
-            return handlers.dump_value(value) if b"__main__" in data else data
+            return handlers.dump_value(value)
         raise
+    if data is None:
+        data = buffers.dump(value, beside=False).joined()
     return handlers.dump_value(value) if b"__main__" in data else data
 
 
