@@ -44,6 +44,11 @@ def hang(path: str) -> None:
     time.sleep(1000)
 
 
+def hang_with(path: str, _: object) -> None:
+    """The same with something in its hands."""
+    hang(path)
+
+
 def spin(n: int) -> int:
     return sum(range(n % 7 * 1000)) * 0 + n
 

@@ -257,6 +257,10 @@ class Arena:
         with self._lock:
             self.limit = -1
             self.due = None
+            self._busy.clear()
+            self._out.clear()
+            self._free.clear()
+            self._ledger = memoryview(b"").cast("Q")
             if not self._writers:
                 self._close()
 
