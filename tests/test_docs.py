@@ -118,13 +118,14 @@ def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.process
-def test_the_pool_in_the_guide_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "printed"), [("def square(", "285"), ("def scaled(", "6 2"), ("min_workers=1)", "999000")]
+)
+def test_the_pools_in_the_guide_run(tmp_path: Path, name: str, printed: str) -> None:
     """As a script, since what is __main__'s is what executors stumble over."""
-    script = tmp_path / "squares.py"
-    for text, printed in (("PoolExecutor(2) as", "285\n"), ("min_workers=1)", "999000\n")):
-        script.write_text(block_with(text))
-        done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
-        assert (done.stdout, done.stderr) == (printed, "")
+    script = tmp_path / "script.py"
+    script.write_text(block_with(name))
+    done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.stdout, done.stderr) == (f"{printed}\n", "")
 
 
 @pytest.mark.process

@@ -151,12 +151,13 @@ class PoolExecutor(concurrent.futures.Executor):
             engine.check()
             future.set_exception(error)
             return future
-        if isinstance(data, Stored):
-            future.call = call = Call(prepared.name, data.data, tag=future)
-            engine.submit_stored(call, data.segment)
-        else:
+        if type(data) is bytes:
             future.call = call = Call(prepared.name, data, tag=future)
             engine.submit(call)
+        else:
+            assert isinstance(data, Stored)
+            future.call = call = Call(prepared.name, data.data, tag=future)
+            engine.submit_stored(call, data.segment)
         return future
 
     def map(
@@ -229,6 +230,7 @@ class _Engine:
         self._pool = pool
         self._pool.claim = lambda call: call.tag.begin()
         self._pool.exchange = self._exchange = exchange
+        self._lent = exchange.lent if exchange else {}  # looked at for every call
         self.on_cancel = self._cancelled  # one bound method for all futures
         self._lock = threading.RLock()  # a collection within may drop an executor, which closes its engine
         self._inbox: deque[Any] = deque()  # Calls, and commands as tuples
@@ -278,7 +280,7 @@ class _Engine:
         try:
             self.submit(call)
         except RuntimeError:  # it is not taken
-            self._exchange.ended(call, self._pool.dispatcher.holder)
+            self._give_back(call)
             raise
 
     def _send_at_once(self, call: Call) -> None:
@@ -420,9 +422,8 @@ class _Engine:
     def _settle(self, ended: Outcome) -> None:
         call = ended.call
         future: Future[Any] = call.tag
-        exchange = self._exchange
-        if exchange is not None and exchange.lent:
-            exchange.ended(call, self._pool.dispatcher.holder)
+        if self._lent:
+            self._give_back(call)
         if future.call is None:
             return  # the pool is broken, and it has been told
         future.call = None
@@ -438,6 +439,10 @@ class _Engine:
         else:
             error = self._error(call, ended.error)
         future.set_exception(error)
+
+    def _give_back(self, call: Call) -> None:
+        assert self._exchange is not None
+        self._exchange.ended(call, self._pool.dispatcher.holder)
 
     def _find(self, place: Place) -> Reader:
         assert self._exchange is not None, "workers store results only where we gave them room"

@@ -129,7 +129,7 @@ class Prepared:
             self.large = type(dumped) is not bytes
         else:
             dumped = dump_small(value, arena)
-        if isinstance(dumped, Stored):
+        if not isinstance(dumped, bytes):
             self.large = True
             place = dumped.data
             dumped.data = _PLACE.pack(_PLACED, len(place)) + place + (self.head or _ALONE)
