@@ -35,8 +35,8 @@ within = False
 
 def main(config: bytes, fds: list[int]) -> None:
     """The forked worker's whole life. Its setup is a pickle of (initializer, initargs, authkey, bytes of
-    shared memory for results). `fds` are the scoreboard's and, unless those bytes are 0, the files of segments
-    with arguments and with results.
+    shared memory for results). `fds` are the scoreboard's and, unless those bytes are 0, the files of
+    segments with arguments and with results.
     """
     global within
     within = True
