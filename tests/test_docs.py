@@ -118,7 +118,8 @@ def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) 
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("name", "printed"), [("def square(", "285"), ("def scaled(", "6 2"), ("min_workers=1)", "999000")]
+@pytest.mark.parametrize(
+    ("name", "printed"), [("def square(", "285"), ("def scaled(", "6 2"), ("min_workers=1)", "999000")]
 )
 def test_the_pools_in_the_guide_run(tmp_path: Path, name: str, printed: str) -> None:
     """As a script, since what is __main__'s is what executors stumble over."""
