@@ -110,6 +110,12 @@ with PoolExecutor(1) as pool:
     assert (done.stdout, done.stderr, done.returncode) == ("done odd\n", "", 0)
 
 
+def test_whatever_a_program_has_of_its_own() -> None:
+    command = [sys.executable, Path(__file__).with_name("mainprogram.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
+
+
 def test_map(pool: PoolExecutor) -> None:
     assert list(pool.map(tasks.square, range(3000))) == [n * n for n in range(3000)]
     assert list(pool.map(pow, [2, 3, 4], [5, 6])) == [32, 729]

@@ -125,7 +125,8 @@ def dump(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler, *, beside: 
 
     writer = pickler(pieces, 5, buffer_callback=within if beside else None)
     # Not by `copyreg` itself, which is the program's. A chain of maps would cost time for each object.
-    writer.dispatch_table = {**copyreg.dispatch_table, memoryview: _reduce}
+    known = copyreg.dispatch_table if pickler is pickle.Pickler else pickler.dispatch_table
+    writer.dispatch_table = {**known, memoryview: _reduce}
     writer.dump(value)
     return Pickled(pieces, buffers)
 

@@ -8,10 +8,11 @@
 
 A place is where in shared memory the pickle is with its buffers (`workers.buffers`).
 
-Plain pickle wherever it can. By dill go functions that it cannot find by name (lambdas, nested ones), and all
-that refers to `__main__`, which a worker does not have: it is never run again there, so scripts need no
-`if __name__ == "__main__"`. What comes back refers to `__main__` by name, so a result or an exception is of
-the class that the program knows.
+Plain pickle wherever it can. What it cannot find by name (lambdas, nested functions and classes), and all
+that refers to `__main__`, which a worker does not have, goes by value: `__main__` is never run again, so
+scripts need no `if __name__ == "__main__"`. By cloudpickle first, which is made of the C pickler, pickles
+enums, and knows a class again that it has sent before; what it cannot pickle, dill may. What comes back
+refers to `__main__` by name, so a result or an exception is of the class that the program knows.
 
 Bytes of calls and results are made and read only here.
 """
@@ -63,12 +64,43 @@ def dump(value: Any) -> bytes:
     except TypeError:
         pass  # it may be a memoryview
     except (pickle.PicklingError, AttributeError):
-        with suppress(Exception):  # the plain pickler's word is the clearer one
-            return handlers.dump_value(value)
-        raise
+        return _by_value(value).joined()
     if data is None:
         data = buffers.dump(value, beside=False).joined()
-    return handlers.dump_value(value) if b"__main__" in data else data
+    return _by_value(value).joined() if b"__main__" in data else data
+
+
+def _by_value(value: Any, *, beside: bool = False) -> Pickled:
+    try:
+        return buffers.dump(value, _by_value_pickler(), beside=beside)
+    except (TypeError, AttributeError):
+        with suppress(Exception):  # else its word is the clearest one
+            return Pickled([handlers.dump_value(value)], [])
+        raise
+
+
+@functools.cache
+def _by_value_pickler() -> Any:
+    import cloudpickle  # most programs can do without
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, _LruCache) and _is_local(obj):
+                return _with_cache, (obj.__wrapped__, obj.cache_parameters())
+            return super().reducer_override(obj)
+
+    return Pickler
+
+
+_LruCache = type(functools.cache(lambda: None))
+
+
+def _is_local(thing: Any) -> bool:
+    return thing.__module__ == "__main__" or "<locals>" in thing.__qualname__
+
+
+def _with_cache(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
 
 
 def dump_small(value: Any, arena: Arena) -> bytes | Stored:
@@ -80,7 +112,7 @@ def dump_small(value: Any, arena: Arena) -> bytes | Stored:
     except (LargeBuffer, *_UNFIT):
         return dump_large(value, arena)
     if b"__main__" in data:
-        data = handlers.dump_value(value)
+        return dump_large(value, arena)
     return data if len(data) < LARGE else Pickled([data], []).store(arena) or data
 
 
@@ -89,16 +121,18 @@ def dump_large(value: Any, arena: Arena) -> bytes | Stored:
     try:
         pickled = buffers.dump(value)
         if pickled.names_main:
-            pickled = Pickled([dump(value)], [])
-    except _UNFIT:
+            pickled = _by_value(value, beside=True)
+    except TypeError:
         pickled = Pickled([dump(value)], [])
+    except (pickle.PicklingError, AttributeError):
+        pickled = _by_value(value, beside=True)
     if pickled.is_large and (stored := pickled.store(arena)):
         return stored
     return dump(value) if pickled.buffers else pickled.joined()
 
 
 load = pickle.loads
-"""Unpickle, on either side. dill's pickles name dill themselves."""
+"""Unpickle, on either side. Pickles by value name themselves what they need."""
 
 
 # -- the program's side
@@ -174,7 +208,7 @@ class Functions:
             old, prepared = known
             if len(old) == len(parts) and all(a is b for a, b in zip(old, parts, strict=True)):
                 return prepared
-        prepared = Prepared(function, name, _with_length(handlers.dump_value(function)))
+        prepared = Prepared(function, name, _with_length(_by_value(function).joined()))
         if constant and not any(part is function for part in parts):
             # What is remembered must not hold the function: it knows its code, not itself.
             remembered = Prepared(_forgotten, name, prepared.head)
@@ -310,13 +344,34 @@ class Loader:
         return function
 
 
-class _MainPickler(pickle.Pickler):
-    """Names what is of the program's `__main__`, though it is not to be found in ours."""
+@functools.cache
+def _result_pickler() -> Any:
+    """By value, but what the program's `__main__` has by name, though it is not to be found in ours."""
 
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, type | FunctionType) and obj.__module__ == "__main__":
-            return from_main, (obj.__qualname__,)
-        return NotImplemented
+    class Pickler(_by_value_pickler()):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, type | FunctionType | _LruCache):
+                if obj.__module__ == "__main__" and "<" not in obj.__qualname__:
+                    return from_main, (obj.__qualname__,)
+            elif _has_slots_of_main(type(obj)):
+                return _with_slots(obj.__reduce_ex__(PROTOCOL))
+            return super().reducer_override(obj)
+
+    return Pickler
+
+
+def _has_slots_of_main(kind: type) -> bool:
+    return kind.__module__ == "__main__" and hasattr(kind, "__slots__") and not hasattr(kind, "__setstate__")
+
+
+def _with_slots(reduced: Any) -> Any:
+    """Instances of classes that came by value have a `__dict__` where the program's have slots alone."""
+    if not isinstance(reduced, tuple) or len(reduced) < 3:
+        return reduced
+    values: dict[str, Any] = {}
+    for state in reduced[2] if isinstance(reduced[2], tuple) else (reduced[2],):
+        values |= state or {}
+    return *reduced[:2], (None, values), *reduced[3:]
 
 
 def from_main(qualname: str) -> Any:
@@ -335,7 +390,7 @@ def _pickled(value: Any, *, beside: bool) -> Pickled:
     try:
         return buffers.dump(value, beside=beside)
     except (pickle.PicklingError, AttributeError):
-        return buffers.dump(value, _MainPickler, beside=beside)
+        return buffers.dump(value, _result_pickler(), beside=beside)
 
 
 def dump_result(value: Any, limit: int, arena: Arena | None) -> bytes:
