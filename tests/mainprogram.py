@@ -64,7 +64,7 @@ class Named(typing.NamedTuple):
     b: str = "x"
 
 
-Pair = collections.namedtuple("Pair", "a b")  # noqa: PYI024
+Pair = collections.namedtuple("Pair", "a b")
 
 
 class Base(abc.ABC):

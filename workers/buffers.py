@@ -69,6 +69,10 @@ def _reduce(view: memoryview[Any]) -> Any:
     return _view, (pickle.PickleBuffer(flat), view.format, view.shape if view.nbytes else None)
 
 
+REDUCERS: dict[Any, Any] = {memoryview: _reduce}
+"""What picklers of another kind must have in their `dispatch_table`."""
+
+
 def _view(buffer: Buffer, format: str, shape: tuple[int, ...] | None) -> memoryview[Any]:
     flat = memoryview(buffer).cast("B")
     # The stubs know of literal formats only.
@@ -125,8 +129,8 @@ def dump(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler, *, beside: 
 
     writer = pickler(pieces, 5, buffer_callback=within if beside else None)
     # Not by `copyreg` itself, which is the program's. A chain of maps would cost time for each object.
-    known = copyreg.dispatch_table if pickler is pickle.Pickler else pickler.dispatch_table
-    writer.dispatch_table = {**known, memoryview: _reduce}
+    if pickler is pickle.Pickler:
+        writer.dispatch_table = {**copyreg.dispatch_table, **REDUCERS}
     writer.dump(value)
     return Pickled(pieces, buffers)
 

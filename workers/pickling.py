@@ -23,7 +23,7 @@ import functools
 import pickle
 import sys
 import traceback
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from struct import Struct
@@ -84,6 +84,8 @@ def _by_value_pickler() -> Any:
     import cloudpickle  # most programs can do without
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        dispatch_table = ChainMap(buffers.REDUCERS, *cloudpickle.Pickler.dispatch_table.maps)  # noqa: RUF012
+
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, _LruCache) and _is_local(obj):
                 return _with_cache, (obj.__wrapped__, obj.cache_parameters())
