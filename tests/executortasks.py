@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,13 @@ class Evil:
 
 def make_evil(how: str, when: str, parent: int) -> Evil:
     return Evil(how, when, parent)
+
+
+class _ThreadOfLoading:
+    def __reduce__(self) -> Any:
+        return threading.get_ident, ()
+
+
+def thread_of_loading() -> _ThreadOfLoading:
+    """What arrives is the thread that has loaded it."""
+    return _ThreadOfLoading()

@@ -50,6 +50,7 @@ ACOMM = {
 
 WORKERS = {
     "errors": 0,
+    "interrupts": 0,
     "lineage": 0,
     "memory": 0,
     "calls": 1,
@@ -87,7 +88,8 @@ WORKERS = {
     "receipts": 5,
     "door": 5,
     "engines": 5,
-    "executor": 7,
+    "driver": 7,
+    "executor": 8,
     "provider": 5,
     "service": 5,
     "verbs": 5,
