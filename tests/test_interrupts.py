@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from workers import interrupts
 from workers.interrupts import Uninterrupted
 
 
@@ -28,7 +29,12 @@ def test_it_comes_at_the_end() -> None:
         pass
 
 
-def test_a_second_one_is_not_put_off() -> None:
+def test_what_is_stuck_ends_with_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with Uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(interrupts, "PATIENCE", -1.0)
     with pytest.raises(KeyboardInterrupt):
         with Uninterrupted():
             signal.raise_signal(signal.SIGINT)

@@ -95,9 +95,9 @@ class Driver:
                 with Uninterrupted():
                     self._send_at_once(call)
                 return
-            self._inbox.append(call)
             if self._sleeping or self._borrower:
-                self._wake()
+                self._wake()  # first, as an interrupt may come in between
+            self._inbox.append(call)
 
     def _send_at_once(self, call: Call) -> None:
         """Under the lock, and while the driver sleeps. What ends now, the driver settles."""
@@ -116,9 +116,9 @@ class Driver:
 
     def command(self, function: Callable[[Any], None], argument: Any) -> None:
         with self._lock:
-            self._inbox.append((function, argument))
             if self._sleeping or self._borrower:
                 self._wake()
+            self._inbox.append((function, argument))
 
     def cancelled(self, future: Future[Any]) -> None:
         self.command(self._give_up, future)
@@ -157,7 +157,10 @@ class Driver:
         pool = self._pool
         while not ended and pool.next_deadline() is None and not self._changed():
             woken = self._shared_poller.poll(None if end is None else max(0.0, end - time.monotonic()))
-            if not woken or any(descriptor == self._recall for descriptor, _ in woken):
+            if any(descriptor == self._recall for descriptor, _ in woken):
+                self._recalled = True
+                break
+            if not woken:
                 break
             ended += pool.process_events()
 
@@ -188,9 +191,9 @@ class Driver:
 
     def _interrupted(self) -> None:
         """From the handler of a signal: the thread that it interrupts may have the pool."""
-        if self._borrower == threading.get_ident() and not self._recalled:
-            self._recalled = True
+        if self._borrower == threading.get_ident():
             os.eventfd_write(self._recall, 1)
+            self._recalled = True
 
     def close(self, cancel_futures: bool = False) -> None:
         """Take nothing more, and end when all that is queued has run or is cancelled."""
@@ -206,15 +209,16 @@ class Driver:
             self._thread.join()
 
     def _wake(self) -> None:
-        """Under the lock: the descriptor may be closed, and its number be another's, a moment later."""
+        """Under the lock: the descriptor may be closed, and its number be another's, a moment later. Cut
+        short by an interrupt it has done either nothing or enough.
+        """
         if self._borrower:
             if not self._recalled:
-                self._recalled = True
                 os.eventfd_write(self._recall, 1)
-            return
-        self._sleeping = False
-        if self._event >= 0:
+                self._recalled = True
+        elif self._event >= 0:
             os.eventfd_write(self._event, 1)
+            self._sleeping = False
 
     def _wake_if_needed(self) -> None:
         """Under the lock, when others have had the pool while the driver sleeps, without a deadline."""

@@ -6,16 +6,20 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+PATIENCE = 1.0
+"""Seconds: whatever takes so long is stuck."""
 
 _INTERRUPT = int(signal.SIGINT)
 
 
 class Uninterrupted:
     """Within it, the handler of SIGINT does not run; it does at the end, if one came. `noticed` is called
-    in its place, and must not raise. A second one is not put off: whatever takes so long is stuck.
+    in its place, and must not raise. One that comes more than PATIENCE after another is not put off.
 
     In threads that get no signals it does nothing. Takes half a microsecond.
     """
@@ -24,7 +28,7 @@ class Uninterrupted:
 
     def __init__(self, noticed: Callable[[], object] | None = None) -> None:
         self._before: Any = None
-        self._came = False
+        self._came = 0.0  # when the first one did
         self._noticed = noticed
 
     def __enter__(self) -> None:
@@ -42,8 +46,9 @@ class Uninterrupted:
                 self._before(_INTERRUPT, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._came:
+        now = time.monotonic()
+        if self._came and now - self._came > PATIENCE:
             self._before(number, frame)
-        self._came = True
+        self._came = self._came or now
         if self._noticed is not None:
             self._noticed()
