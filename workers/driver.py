@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -61,6 +62,7 @@ class Driver:
         self._recalled = False  # it is asked to give it back
         self._closing = False
         self._cancel_all = False
+        self._none_left = False  # all that had not begun was cancelled
         self._broken: str | None = None
         self._killed: set[Call] = set()
         self._restarts = 0
@@ -86,9 +88,20 @@ class Driver:
         if _exiting:
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
-    def submit(self, call: Call) -> None:
+    def _check_accepted(self) -> None:
+        if self._broken is not None:
+            raise BrokenPool(self._broken)
+        if self._none_left:
+            raise CancelledError
+
+    def submit(self, call: Call, accepted: bool = False) -> None:
+        """Queue a call. Of what was `accepted` before a shutdown, further ones are taken after it, too, from
+        the callback of one that has just ended.
+        """
         with self._lock:
-            if self._closing or self._thread is None or _exiting or self._pid != os.getpid():
+            if accepted:
+                self._check_accepted()
+            elif self._closing or self._thread is None or _exiting or self._pid != os.getpid():
                 self.check()
                 self._start()
             if self._sleeping and not self._inbox and not len(self._pool.dispatcher):
@@ -202,6 +215,7 @@ class Driver:
         with self._lock:
             self._closing = True
             self._cancel_all |= cancel_futures
+            self._none_left |= cancel_futures
             self._wake()
 
     def join(self) -> None:

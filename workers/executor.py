@@ -16,7 +16,7 @@ What differs from the standard library's:
   over and over before the first call.
 * `kill(future)` ends a running call.
 * Workers never import the program's `__main__`; see `workers.pickling`.
-* `chunksize` is accepted and not needed: small calls travel together by themselves.
+* `chunksize` is not needed: small calls travel together by themselves, as do the items of a `map`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import multiprocessing
 import os
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from workers import pickledworker
+from workers import mapped, pickledworker
 from workers.calls import Call
 from workers.driver import BrokenPool, CallLost, Driver
 from workers.futures import Future
+from workers.mapping import MAX_ITEMS, Mapping
 from workers.pickling import Functions, dump
 from workers.pool import Pool
 
@@ -93,6 +93,7 @@ class PoolExecutor(concurrent.futures.Executor):
             setup=setup,
             max_tasks_per_child=max_tasks_per_child,
         )
+        self._max_tasks = max_tasks_per_child
         self._max_workers = max_workers  # joblib and others look at it
         self._functions = Functions()
         self._driver = Driver(pool)
@@ -132,6 +133,10 @@ class PoolExecutor(concurrent.futures.Executor):
     ) -> Iterator[T]:
         """The results of `fn` over the iterables, in order. All is submitted at once, or with `buffersize`,
         so many ahead of the iteration, which raises TimeoutError `timeout` seconds after this call.
+
+        Items travel together while they are short, as many as run in about a millisecond, and share nothing
+        all the same. A worker's death costs the item that ran; those that had run before it in the same part
+        run again. A `chunksize` above 1 is the most that may travel together.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -140,10 +145,32 @@ class PoolExecutor(concurrent.futures.Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else time.monotonic() + timeout
+        driver = self._driver
+        driver.check()
+        failed: BaseException | None = None
+        name, function, fresh = "", b"", False
+        try:
+            prepared = self._functions.prepare(fn)
+            name, fresh = f"{prepared.name}, in a map", not prepared.head
+            function = dump(fn) if fresh else prepared.head[4:]
+        except (Exception, SystemExit) as error:
+            failed = error
+
+        def send(packed: bytes, ended: Callable[[Any], None], begun: bool) -> Future[Any]:
+            future: Future[Any] = Future(driver)
+            future.call = call = Call(name, mapped.encode(function, fresh, packed), tag=future)
+            future.add_done_callback(ended)
+            driver.submit(call, begun)
+            return future
+
+        alone = self._max_tasks is not None  # a call is a call
+        largest = 1 if alone else chunksize if chunksize > 1 else MAX_ITEMS
+        mapping = Mapping(send, 2 * self._max_workers + 2, largest)
+        if failed is not None:
+            mapping.give_up(failed)
         calls = zip(*iterables, strict=False)
-        first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        futures = deque(self.submit(fn, *args) for args in first)
-        return _results(weakref.ref(self), futures, fn, calls if buffersize else iter(()), end)
+        mapping.add(itertools.islice(calls, buffersize), begun=False)
+        return mapping.results(end, _held(self, calls) if buffersize else calls, buffersize)
 
     def kill(self, future: concurrent.futures.Future[Any]) -> bool:
         """End the call of `future`: one that waits is cancelled, one that runs is killed with its worker, and
@@ -164,22 +191,6 @@ class PoolExecutor(concurrent.futures.Executor):
             self._driver.join()
 
 
-def _results(
-    executor: weakref.ref[PoolExecutor],
-    futures: deque[Future[T]],
-    fn: Callable[..., T],
-    more: Iterator[tuple[Any, ...]],
-    end: float | None,
-) -> Iterator[T]:
-    try:
-        while futures:
-            if (pool := executor()) is not None and (args := next(more, None)) is not None:
-                futures.append(pool.submit(fn, *args))
-            del pool
-            future = futures[0]
-            result = future.result(None if end is None else end - time.monotonic())
-            del futures[0], future
-            yield result
-    finally:
-        for future in futures:
-            future.cancel()
+def _held(executor: PoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """The items. An executor to which they are still to be submitted does not shut down for being dropped."""
+    yield from items

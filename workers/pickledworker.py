@@ -13,6 +13,7 @@ import msgspec
 import zmq
 
 from acomm.egress import Policy
+from workers import mapped
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
@@ -66,6 +67,7 @@ class PickledWorker(Worker):
     def __init__(self, socket: zmq.Socket[bytes], slot: SlotWriter) -> None:
         super().__init__(Registry(()), socket, slot, MAX_CALL, Place(), Policy())
         self._loader = Loader()
+        mapped.mark = slot.progress
         known: dict[str, Any] = {}
         get = known.get
         self._find = lambda name: get(name) or known.setdefault(name, _Expected())
