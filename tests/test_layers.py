@@ -95,7 +95,7 @@ WORKERS = {
     "provider": 5,
     "service": 5,
     "verbs": 5,
-    "joblib": 8,
+    "joblib": 10,
     "launcher": 8,
     "supervisor": 7,
     "calling": 8,
