@@ -158,6 +158,32 @@ def test_an_interrupt_of_who_waits(pool: PoolExecutor, fifo: str, interruptible:
             os.kill(worker.pid, signal.SIGKILL)
 
 
+def test_an_exception_of_another_signals_handler(pool: PoolExecutor, fifo: str) -> None:
+    """As programs have that limit a wait by SIGALRM."""
+
+    class Alarm(Exception):
+        pass
+
+    def ring(number: int, frame: object) -> None:
+        raise Alarm
+
+    main = threading.get_ident()
+    before = signal.signal(signal.SIGALRM, ring)
+    futures = []
+    try:
+        with pytest.raises(Alarm):
+
+            def act(future: cf.Future[Any]) -> None:
+                futures.append(future)
+                signal.pthread_kill(main, signal.SIGALRM)
+
+            waiting(pool, fifo, act)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert pool.submit(tasks.square, 2).result(DEADLINE) == 4
+    assert pool.kill(futures[0]) and isinstance(futures[0].exception(DEADLINE), CallCancelled)
+
+
 def test_an_interrupt_while_the_pool_is_touched(
     pool: PoolExecutor, monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:

@@ -7,8 +7,9 @@ A pool is touched by one thread at a time. That is the driver's, unless it sleep
   call. The driver's thread does not look at the pool meanwhile. Whoever has anything for the driver asks for
   the pool back, as do deadlines, deaths and an interrupt; the borrower returns it, and waits like any other.
 
-Both are safe from Ctrl-C: it is put off while they touch the pool. Callbacks of a future always run in the
-driver's thread.
+Both are safe from Ctrl-C: it is put off while they touch the pool. Any other exception of a signal's handler
+does no harm to a wait; the rare one that comes within `process_events` breaks the pool, in words. Callbacks
+of a future run in the driver's thread, unless they are added in the moment of its end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any
 
 from workers.calls import Call, Outcome
@@ -60,6 +62,7 @@ class Driver:
         self._sleeping = False  # the driver does, and the pool is free to be taken
         self._borrower = 0  # the thread that has the pool, while it waits for a call
         self._recalled = False  # it is asked to give it back
+        self._touched = False  # it is within process_events
         self._closing = False
         self._cancel_all = False
         self._none_left = False  # all that had not begun was cancelled
@@ -118,14 +121,13 @@ class Driver:
         pool.submit(call)
         try:
             ended = pool.process_events()
-        except (
-            BaseException
-        ) as error:  # an exception of a signal's handler: what it has cut short, nobody knows
-            self._inbox.append((self._break, f"a submit was cut short by {type(error).__name__}"))
+        except BaseException as error:  # of a signal's handler: what it has cut short, nobody knows
+            self._cut_short("submit", call.tag, error)
             self._wake()
             raise
         self._inbox += [(self._settle, outcome) for outcome in ended]
-        self._wake_if_needed()
+        if self._is_needed():
+            self._wake()
 
     def command(self, function: Callable[[Any], None], argument: Any) -> None:
         with self._lock:
@@ -147,14 +149,24 @@ class Driver:
             try:
                 if self._borrow():
                     self._drive(end, ended)
-            except BaseException as error:  # as in `_send_at_once`
-                self._cut_short("wait", future, error)
+            except BaseException as error:
+                if self._touched:  # as in `_send_at_once`; to wait is harmless
+                    self._cut_short("wait", future, error)
                 raise
             finally:
                 if self._borrower == threading.get_ident():
-                    self._give_back(ended)
-            for outcome in ended:
-                self._settle(outcome)
+                    try:
+                        self._give_back(ended)
+                    except BaseException:  # of a signal's handler
+                        self._give_back(ended)
+                        raise
+            try:
+                for outcome in ended:
+                    self._settle(outcome)
+            except BaseException:  # of a signal's handler
+                for outcome in ended:
+                    self.command(self._settle_again, outcome)
+                raise
 
     def _borrow(self) -> bool:
         with self._lock:
@@ -175,23 +187,27 @@ class Driver:
                 break
             if not woken:
                 break
+            self._touched = True
             ended += pool.process_events()
+            self._touched = False
 
     def _give_back(self, ended: list[Outcome]) -> None:
-        """What has ended and is to be settled by the driver's thread leaves the list."""
+        """What has ended and is to be settled by the driver's thread leaves the list. If it is cut short, it
+        can be called again.
+        """
         with self._lock:
             if len(ended) > 1 or (ended and ended[0].call.tag.has_callbacks):
                 self._inbox += [(self._settle, outcome) for outcome in ended]
                 ended.clear()
-            self._borrower = 0
             self._poller.modify(self._pool.fileno(), select.EPOLLIN)
+            needed = self._recalled or self._is_needed()
+            if needed:
+                os.eventfd_write(self._event, 1)
             if self._recalled:
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._recall)
                 self._recalled = False
-                os.eventfd_read(self._recall)
-                self._wake()
-            else:
-                self._sleeping = True
-                self._wake_if_needed()
+            self._sleeping, self._borrower = not needed, 0
 
     def _cut_short(self, what: str, future: Future[Any], error: BaseException) -> None:
         """Leave it to the driver's thread to break the pool; `future`'s outcome may be what was lost."""
@@ -234,10 +250,9 @@ class Driver:
             os.eventfd_write(self._event, 1)
             self._sleeping = False
 
-    def _wake_if_needed(self) -> None:
+    def _is_needed(self) -> bool:
         """Under the lock, when others have had the pool while the driver sleeps, without a deadline."""
-        if self._inbox or self._changed() or self._pool.next_deadline() is not None:
-            self._wake()
+        return bool(self._inbox) or self._changed() or self._pool.next_deadline() is not None
 
     def _changed(self) -> bool:
         """Whether the pool's state is not the one that the driver knows."""
@@ -347,6 +362,13 @@ class Driver:
         else:
             error = self._error(call, ended.error)
         future.set_exception(error)
+
+    def _settle_again(self, ended: Outcome) -> None:
+        """Where another thread was cut short in it."""
+        future: Future[Any] = ended.call.tag
+        if not future.done():
+            future.call = ended.call
+            self._settle(ended)
 
     def _error(self, call: Call, error: AcommError) -> BaseException:
         killed = call in self._killed
