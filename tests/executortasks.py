@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,10 @@ def tell_and_wait(path: str) -> None:
     time.sleep(1000)
 
 
+def touch(path: str = "default") -> None:
+    Path(path).touch()
+
+
 def pid_and_threads() -> tuple[int, str]:
     return os.getpid(), os.environ["OMP_NUM_THREADS"]
 
@@ -127,3 +132,71 @@ class Evil:
 
 def make_evil(how: str, when: str, parent: int) -> Evil:
     return Evil(how, when, parent)
+
+
+class _ThreadOfLoading:
+    def __reduce__(self) -> Any:
+        return threading.get_ident, ()
+
+
+def thread_of_loading() -> _ThreadOfLoading:
+    """What arrives is the thread that has loaded it."""
+    return _ThreadOfLoading()
+
+
+def append_and_count(values: list[int], more: object = None) -> int:
+    values.append(0)
+    return len(values)
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.number = 0
+
+    def count(self, _: object) -> int:
+        self.number += 1
+        return self.number
+
+
+def fail_at(n: int, bad: int) -> int:
+    if n == bad:
+        raise ValueError(n)
+    return n
+
+
+def raise_two_at(n: int) -> int:
+    if n == 700:
+        raise TwoArguments(1, 2)
+    return n
+
+
+def evil_at(n: int, bad: int, when: str, parent: int) -> object:
+    return Evil("error", when, parent) if n == bad else [n]
+
+
+def die_at(n: int, bad: int, path: str) -> int:
+    if n == bad:
+        os.kill(os.getpid(), 9)
+    return n
+
+
+def nap(n: int) -> int:
+    time.sleep(0.001)
+    return n
+
+
+def touch_at(n: int, which: int, path: str, fifo: str) -> int:
+    if n == 1:
+        Path(fifo).read_text()
+    if n == which:
+        Path(path).touch()
+    return n
+
+
+def meet(n: int, path: str) -> int:
+    """The item 1500 waits for the item 2999."""
+    if n == 1500:
+        Path(path).read_text()
+    elif n == 2999:
+        Path(path).write_text("met")
+    return n

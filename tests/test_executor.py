@@ -335,15 +335,15 @@ def test_an_interrupt_within_a_submit_leaves_nobody_waiting(monkeypatch: pytest.
         raise KeyboardInterrupt
 
     with PoolExecutor(1) as pool:
-        engine = pool._engine
+        driver = pool._driver
         with pytest.raises(KeyboardInterrupt):
             while True:  # until the engine sleeps, and the submit sends by itself
                 pool.submit(tasks.square, 2).result(DEADLINE)
-                with engine._lock, monkeypatch.context() as patch:
-                    patch.setattr(engine._pool, "process_events", interrupted)
-                    if engine._sleeping:
+                with driver._lock, monkeypatch.context() as patch:
+                    patch.setattr(driver._pool, "process_events", interrupted)
+                    if driver._sleeping:
                         pool.submit(tasks.square, 2)
-        engine.join()
+        driver.join()
         with pytest.raises(BrokenPool, match="KeyboardInterrupt"):
             pool.submit(tasks.square, 2)
 

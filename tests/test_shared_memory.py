@@ -84,6 +84,15 @@ def test_arguments_and_results_are_mapped_on_the_far_side(pool: PoolExecutor) ->
     assert np.array_equal(there, array + 1)
 
 
+def test_large_items_of_a_map_are_mapped_too(pool: PoolExecutor) -> None:
+    array = largetasks.made(1, SIZE)
+    assert all(pool.map(largetasks.is_mapped, [array] * 20))
+    results = list(pool.map(largetasks.made, range(20), [SIZE] * 20))
+    assert all(map(largetasks.is_sound, results))
+    # A few are looked at together, before it is known how large they are.
+    assert sum(map(largetasks.is_mapped, results)) > 10
+
+
 def test_a_task_may_write_to_its_argument(pool: PoolExecutor) -> None:
     array = np.arange(SIZE)
     for _ in range(10):

@@ -1,12 +1,12 @@
 """PoolExecutor: `concurrent.futures.ProcessPoolExecutor`, on this project's pool.
 
-    submit() --pickle--> inbox --wake--> engine thread: Pool.submit, process_events <==ipc==> workers
+    submit() --pickle--> inbox --wake--> driver's thread: Pool.submit, process_events <==ipc==> workers
        |                                     |
        +---- Future <-----unpickle-----------+
 
-Any thread submits: it pickles the call itself, puts it in the inbox, and wakes the engine only if that
-sleeps. The engine takes what has gathered in large steps, since the two share one GIL. It alone touches the
-pool. It knows nothing of the PoolExecutor, so that one that is dropped can be collected and shuts down.
+Any thread submits: it pickles the call itself, puts it in the inbox, and wakes the driver only if that
+sleeps. The driver takes what has gathered in large steps, since the two share one GIL. While one call goes
+on at a time, both ways lead past it: see `workers.driver`.
 
 What differs from the standard library's:
 
@@ -16,7 +16,7 @@ What differs from the standard library's:
   over and over before the first call.
 * `kill(future)` ends a running call.
 * Workers never import the program's `__main__`; see `workers.pickling`.
-* `chunksize` is accepted and not needed: small calls travel together by themselves.
+* `chunksize` is not needed: small calls travel together by themselves, as do the items of a `map`.
 """
 
 from __future__ import annotations
@@ -25,43 +25,25 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import select
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ParamSpec, TypeVar
 
 from workers import pickledworker
 from workers.buffers import Stored
-from workers.calls import Call, Outcome
-from workers.errors import AcommError, CallCancelled, WorkerLost
+from workers.calls import Call
+from workers.driver import BrokenPool, CallLost, Driver
 from workers.exchange import Exchange
 from workers.futures import Future
-from workers.pickling import Functions, RemoteTraceback, dump, outcome
+from workers.mapping import MAX_ITEMS, Mapping, Sender
+from workers.pickling import Functions, dump
 from workers.pool import Pool
-from workers.segments import Place, Reader, Segment
 
 __all__ = ["BrokenPool", "CallLost", "Future", "PoolExecutor"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-STEP = 1000
-"""Calls that the engine takes from its inbox before it looks after the workers again: about a millisecond."""
-
-FAREWELL = 5.0
-"""Seconds that workers get to exit at shutdown; they have nothing to do then but their exit functions."""
-
-
-class CallLost(WorkerLost, BrokenProcessPool):
-    """The worker process died while it ran the call; `receipt` tells how. Other calls are not affected."""
-
-
-class BrokenPool(WorkerLost, BrokenProcessPool):
-    """No worker can be started, so nothing runs any more."""
 
 
 class PoolExecutor(concurrent.futures.Executor):
@@ -125,15 +107,16 @@ class PoolExecutor(concurrent.futures.Executor):
             setup=setup,
             max_tasks_per_child=max_tasks_per_child,
         )
+        self._max_tasks = max_tasks_per_child
         self._max_workers = max_workers  # joblib and others look at it
         self._functions = Functions()
         self._arena = exchange.arena if exchange else None
-        self._engine = _Engine(pool, exchange)
-        self._drop = weakref.finalize(self, self._engine.close)
+        self._driver = Driver(pool, exchange)
+        self._drop = weakref.finalize(self, self._driver.close)
         self._drop.atexit = False
 
     def __repr__(self) -> str:
-        return f"<PoolExecutor {self._max_workers} workers, {self._engine.state}>"
+        return f"<PoolExecutor {self._max_workers} workers, {self._driver.state}>"
 
     def __reduce__(self) -> Any:
         raise TypeError("a PoolExecutor cannot be sent to another process")
@@ -142,22 +125,22 @@ class PoolExecutor(concurrent.futures.Executor):
         """Queue `fn(*args, **kwargs)`. What cannot be pickled is the future's exception. Raises RuntimeError
         after a shutdown, BrokenPool when workers cannot be started.
         """
-        engine = self._engine
-        future: Future[T] = Future(engine.on_cancel)
+        driver = self._driver
+        future: Future[T] = Future(driver)
         try:
             prepared = self._functions.prepare(fn)
             data = prepared.call(args, kwargs, self._arena)
         except (Exception, SystemExit) as error:
-            engine.check()
+            driver.check()
             future.set_exception(error)
             return future
         if type(data) is bytes:
             future.call = call = Call(prepared.name, data, tag=future)
-            engine.submit(call)
+            driver.submit(call)
         else:
             assert isinstance(data, Stored)
             future.call = call = Call(prepared.name, data.data, tag=future)
-            engine.submit_stored(call, data.segment)
+            driver.submit_stored(call, data.segment)
         return future
 
     def map(
@@ -170,6 +153,10 @@ class PoolExecutor(concurrent.futures.Executor):
     ) -> Iterator[T]:
         """The results of `fn` over the iterables, in order. All is submitted at once, or with `buffersize`,
         so many ahead of the iteration, which raises TimeoutError `timeout` seconds after this call.
+
+        Items travel together while they are short, as many as run in about a millisecond, and share nothing
+        all the same. A worker's death costs the item that ran; those that had run before it in the same part
+        run again. A `chunksize` above 1 is the most that may travel together.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -178,10 +165,16 @@ class PoolExecutor(concurrent.futures.Executor):
         if buffersize is not None and buffersize < 1:
             raise ValueError("buffersize must be None or > 0")
         end = None if timeout is None else time.monotonic() + timeout
+        self._driver.check()
+        alone = self._max_tasks is not None  # a call is a call
+        largest = 1 if alone else chunksize if chunksize > 1 else MAX_ITEMS
+        sender = Sender(self._driver, self._functions, fn, self._arena)
+        mapping = Mapping(sender, 2 * self._max_workers + 2, largest)
+        if sender.failed is not None:
+            mapping.give_up(sender.failed)
         calls = zip(*iterables, strict=False)
-        first = calls if buffersize is None else itertools.islice(calls, buffersize)
-        futures = deque(self.submit(fn, *args) for args in first)
-        return _results(weakref.ref(self), futures, fn, calls if buffersize else iter(()), end)
+        mapping.add(itertools.islice(calls, buffersize), begun=False)
+        return mapping.results(end, _held(self, calls) if buffersize else calls, buffersize)
 
     def kill(self, future: concurrent.futures.Future[Any]) -> bool:
         """End the call of `future`: one that waits is cancelled, one that runs is killed with its worker, and
@@ -193,327 +186,15 @@ class PoolExecutor(concurrent.futures.Executor):
             return True
         if future.call is None:
             return False
-        self._engine.command(self._engine.kill, future)
+        self._driver.command(self._driver.kill, future)
         return True
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        self._engine.close(cancel_futures)
+        self._driver.close(cancel_futures)
         if wait:
-            self._engine.join()
+            self._driver.join()
 
 
-def _results(
-    executor: weakref.ref[PoolExecutor],
-    futures: deque[Future[T]],
-    fn: Callable[..., T],
-    more: Iterator[tuple[Any, ...]],
-    end: float | None,
-) -> Iterator[T]:
-    try:
-        while futures:
-            if (pool := executor()) is not None and (args := next(more, None)) is not None:
-                futures.append(pool.submit(fn, *args))
-            del pool
-            future = futures[0]
-            result = future.result(None if end is None else end - time.monotonic())
-            del futures[0], future
-            yield result
-    finally:
-        for future in futures:
-            future.cancel()
-
-
-class _Engine:
-    """The thread that drives the pool. `command` has a function called there."""
-
-    def __init__(self, pool: Pool, exchange: Exchange | None) -> None:
-        self._pool = pool
-        self._pool.claim = lambda call: call.tag.begin()
-        self._pool.exchange = self._exchange = exchange
-        self._lent = exchange.lent if exchange else {}  # looked at for every call
-        self.on_cancel = self._cancelled  # one bound method for all futures
-        self._lock = threading.RLock()  # a collection within may drop an executor, which closes its engine
-        self._inbox: deque[Any] = deque()  # Calls, and commands as tuples
-        self._sleeping = False
-        self._closing = False
-        self._cancel_all = False
-        self._broken: str | None = None
-        self._killed: set[Call] = set()
-        self._restarts = 0
-        self._event = -1
-        self._thread: threading.Thread | None = None
-        self._pid = os.getpid()
-
-    @property
-    def state(self) -> str:
-        return "broken" if self._broken else "shut down" if self._closing else "open"
-
-    # -- any thread
-
-    def check(self) -> None:
-        """Raise what a submit raises now."""
-        if self._pid != os.getpid():
-            raise RuntimeError("this PoolExecutor belongs to the process that forked this one")
-        if self._broken is not None:
-            raise BrokenPool(self._broken)
-        if self._closing:
-            raise RuntimeError("cannot schedule new futures after shutdown")
-        if _exiting:
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-
-    def submit(self, call: Call) -> None:
-        with self._lock:
-            if self._closing or self._thread is None or _exiting or self._pid != os.getpid():
-                self.check()
-                self._start()
-            if self._sleeping and not self._inbox and not len(self._pool.dispatcher):
-                self._send_at_once(call)
-                return
-            self._inbox.append(call)
-            if self._sleeping:
-                self._wake()
-
-    def submit_stored(self, call: Call, segment: Segment) -> None:
-        """The same for a call whose arguments lie in shared memory."""
-        assert self._exchange is not None
-        self._exchange.lend(call, segment)
-        try:
-            self.submit(call)
-        except RuntimeError:  # it is not taken
-            self._give_back(call)
-            raise
-
-    def _send_at_once(self, call: Call) -> None:
-        """Nothing is under way and the engine waits: a hop to its thread would only cost time.
-
-        Under the lock, and while it sleeps: the pool is ours then. What ends now, the engine settles.
-        """
-        pool = self._pool
-        pool.submit(call)
-        try:
-            ended = pool.process_events()
-        except BaseException as error:  # a KeyboardInterrupt: what it has cut short, nobody knows
-            self._inbox.append((self._break, f"a submit was cut short by {type(error).__name__}"))
-            self._wake()
-            raise
-        changed = pool.failure is not None or pool.restarts != self._restarts
-        if ended or changed or pool.next_deadline() is not None:
-            self._inbox += [(self._settle, outcome) for outcome in ended]
-            self._wake()
-
-    def command(self, function: Callable[[Any], None], argument: Any) -> None:
-        with self._lock:
-            self._inbox.append((function, argument))
-            if self._sleeping:
-                self._wake()
-
-    def _cancelled(self, future: Future[Any]) -> None:
-        self.command(self._give_up, future)
-
-    def close(self, cancel_futures: bool = False) -> None:
-        """Take nothing more, and end when all that is queued has run or is cancelled."""
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            self._closing = True
-            self._cancel_all |= cancel_futures
-            self._wake()
-            if self._thread is None and self._exchange is not None:
-                self._exchange.close()
-
-    def join(self) -> None:
-        if self._thread is not None and self._pid == os.getpid():
-            self._thread.join()
-
-    def _wake(self) -> None:
-        """Under the lock: the descriptor may be closed, and its number be another's, a moment later."""
-        self._sleeping = False
-        if self._event >= 0:
-            os.eventfd_write(self._event, 1)
-
-    def _start(self) -> None:
-        self._pool.start()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller = select.epoll()
-        self._poller.register(self._event, select.EPOLLIN)
-        self._poller.register(self._pool.fileno(), select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name="acomm-executor")
-        _engines.add(self)
-        self._thread.start()
-
-    # -- the engine's thread
-
-    def _run(self) -> None:
-        try:
-            while self._busy():
-                self._turn()
-            self._say_farewell()
-        except BaseException as error:
-            self._break(f"the engine has failed: {type(error).__name__}: {error}")
-            raise
-        finally:
-            self._pool.close()
-            if self._exchange is not None:
-                self._exchange.close()
-            with self._lock:
-                self._closing = True
-                self._poller.close()
-                os.close(self._event)
-                self._event = -1
-
-    def _busy(self) -> bool:
-        if self._broken is not None:
-            return False
-        return not self._closing or bool(self._inbox) or len(self._pool.dispatcher) > 0
-
-    def _turn(self) -> None:
-        self._wait()
-        self._take()
-        if self._cancel_all:
-            self._cancel_all = False
-            for call in [item for item in self._inbox if type(item) is Call]:
-                call.tag.cancel()
-            for call in self._pool.dispatcher.waiting():
-                call.tag.cancel()
-        for ended in self._pool.process_events():
-            self._settle(ended)
-        if self._exchange is not None:
-            self._tidy(self._exchange)
-        if self._pool.failure is not None:
-            self._break(f"no worker can be started: {self._pool.failure}")
-        elif self._pool.restarts != self._restarts:
-            self._restarts = self._pool.restarts
-            if not self._pool.ready and not self._pool.healthy:
-                self._break("workers die over and over before they have run a call")
-
-    def _tidy(self, exchange: Exchange) -> None:
-        if exchange.dead:
-            # Behind what they have answered last, which may be in the inbox.
-            self.command(exchange.bury, exchange.dead)
-            exchange.dead = []
-        if exchange.arena.due is not None:
-            exchange.tidy(time.monotonic(), self._pool.dispatcher.holder)
-
-    def _wait(self) -> None:
-        due = self._pool.next_deadline()
-        if self._exchange is not None and (idle := self._exchange.arena.due) is not None:
-            due = idle if due is None else min(due, idle)
-        timeout = -1.0 if due is None else max(0.0, due - time.monotonic())
-        with self._lock:
-            # Who adds to the inbox from here on sees that we sleep; what was added before, we see.
-            if self._inbox or self._cancel_all:
-                timeout = 0.0
-            self._sleeping = timeout != 0.0
-        woken = self._poller.poll(timeout)
-        with self._lock:  # whoever sends in our place has done so
-            self._sleeping = False
-        if any(descriptor == self._event for descriptor, _ in woken):
-            os.eventfd_read(self._event)
-
-    def _take(self) -> None:
-        inbox, submit = self._inbox, self._pool.submit
-        for _ in range(min(len(inbox), STEP)):
-            item = inbox.popleft()
-            if type(item) is Call:
-                submit(item)
-            else:
-                item[0](item[1])
-
-    def _settle(self, ended: Outcome) -> None:
-        call = ended.call
-        future: Future[Any] = call.tag
-        if self._lent:
-            self._give_back(call)
-        if future.call is None:
-            return  # the pool is broken, and it has been told
-        future.call = None
-        if not future.begin():
-            future.set_running_or_notify_cancel()  # cancelled: those who wait are told
-            return
-        if ended.error is None:
-            assert ended.result is not None
-            result, error = outcome(ended.result, self._find)
-            if error is None:
-                future.set_result(result)
-                return
-        else:
-            error = self._error(call, ended.error)
-        future.set_exception(error)
-
-    def _give_back(self, call: Call) -> None:
-        assert self._exchange is not None
-        self._exchange.ended(call, self._pool.dispatcher.holder)
-
-    def _find(self, place: Place) -> Reader:
-        assert self._exchange is not None, "workers store results only where we gave them room"
-        return self._exchange.find(place)
-
-    def _error(self, call: Call, error: AcommError) -> BaseException:
-        killed = call in self._killed
-        self._killed.discard(call)
-        if killed and isinstance(error, CallCancelled):
-            return CallCancelled(f"the call of {call.task} was killed")
-        if isinstance(error, WorkerLost):
-            lost = CallLost if self._pool.failure is None else BrokenPool
-            return lost(error.message, receipt=error.receipt)
-        if error.traceback:
-            error.__cause__ = RemoteTraceback(error.traceback)
-        return error
-
-    def _give_up(self, future: Future[Any]) -> None:
-        """A future was cancelled before its call was handed to a worker."""
-        call = future.call
-        if call is not None and (ended := self._pool.cancel(call.number)) is not None:
-            self._settle(ended)
-
-    def kill(self, future: Future[Any]) -> None:
-        call = future.call
-        if call is not None:
-            self._killed.add(call)
-            if (ended := self._pool.cancel(call.number)) is not None:
-                self._settle(ended)
-
-    def _break(self, why: str) -> None:
-        """Nothing runs any more: all futures fail."""
-        with self._lock:
-            self._broken, self._closing = why, True
-        calls = [item for item in self._inbox if type(item) is Call]
-        self._inbox.clear()
-        for call in [*calls, *self._pool.dispatcher.unfinished()]:
-            future: Future[Any] = call.tag
-            future.call = None
-            if future.begin():
-                future.set_exception(BrokenPool(why))
-            else:
-                future.set_running_or_notify_cancel()
-        self._pool.dispatcher.abandon(WorkerLost(why))
-
-    def _say_farewell(self) -> None:
-        if self._broken is not None:
-            return
-        end = time.monotonic() + FAREWELL
-        self._pool.stop_workers()
-        while self._pool.alive and (now := time.monotonic()) < end:
-            due = min(end, self._pool.next_deadline() or end)
-            self._poller.poll(max(0.0, due - now))
-            self._pool.process_events()
-
-
-_engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
-_exiting = False
-
-
-def _finish_all() -> None:
-    """The interpreter ends: what is queued runs first, as with the standard library's executors."""
-    global _exiting
-    _exiting = True
-    engines = list(_engines)
-    for engine in engines:
-        engine.close()
-    for engine in engines:
-        engine.join()
-
-
-# Not atexit: that comes after the threads are joined, and ours would never end.
-threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
-os.register_at_fork(after_in_child=_engines.clear)
+def _held(executor: PoolExecutor, items: Iterator[T]) -> Iterator[T]:
+    """The items. An executor to which they are still to be submitted does not shut down for being dropped."""
+    yield from items

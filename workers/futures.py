@@ -12,8 +12,9 @@ import concurrent.futures
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -34,15 +35,26 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
+class Owner(Protocol):
+    """Who runs the call of a future."""
+
+    def cancelled(self, future: Future[Any]) -> None:
+        """It was cancelled before it began."""
+
+    def wait_for(self, future: Future[Any], end: float | None) -> None:
+        """Somebody waits for it, until `end` (monotonic). May use the time for it; need not."""
+
+
 class Future(concurrent.futures.Future[T]):
-    """A call of a PoolExecutor. `on_cancel(future)` is called when it was cancelled before it began.
+    """A call of a PoolExecutor. Its `owner` is told when it is cancelled before it began, and may help those
+    who wait for it.
 
     It is RUNNING from when its call is handed to a worker, which may hold some calls before it runs them.
     """
 
-    __slots__ = ("_callbacks", "_exception", "_made", "_result", "_state", "_waiting", "call", "on_cancel")
+    __slots__ = ("_callbacks", "_exception", "_made", "_result", "_state", "_waiting", "call", "owner")
 
-    def __init__(self, on_cancel: Callable[[Future[Any]], None] | None = None) -> None:
+    def __init__(self, owner: Owner | None = None) -> None:
         # Not the base's, which would make what we save.
         self._state = PENDING
         self._result: Any = None
@@ -51,7 +63,7 @@ class Future(concurrent.futures.Future[T]):
         self._waiting: list[Any] | None = None
         self._callbacks: list[Callable[[Any], object]] | None = None
         self.call: Any = None
-        self.on_cancel = on_cancel
+        self.owner = owner
 
     # -- what the base, `wait` and `as_completed` expect to find
 
@@ -93,7 +105,9 @@ class Future(concurrent.futures.Future[T]):
     def result(self, timeout: float | None = None) -> T:
         # A state is set after what belongs to it, so one that reads FINISHED is.
         if self._state != FINISHED:
-            return super().result(timeout)
+            timeout = self._get_help(timeout)
+            if self._state != FINISHED:
+                return super().result(timeout)
         if self._exception is not None:
             try:
                 raise self._exception
@@ -102,7 +116,26 @@ class Future(concurrent.futures.Future[T]):
         return self._result  # type: ignore[no-any-return]
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        if self._state != FINISHED:
+            timeout = self._get_help(timeout)
         return self._exception if self._state == FINISHED else super().exception(timeout)
+
+    def _get_help(self, timeout: float | None) -> float | None:
+        """What is left of `timeout` after the owner's help."""
+        if self.owner is None or self._state in _OVER or self._callbacks:
+            return timeout
+        if timeout is None:
+            self.owner.wait_for(self, None)
+            return None
+        if timeout > 0:
+            end = time.monotonic() + timeout
+            self.owner.wait_for(self, end)
+            timeout = max(0.0, end - time.monotonic())
+        return timeout
+
+    @property
+    def has_callbacks(self) -> bool:
+        return bool(self._callbacks)
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[T]], object]) -> None:
         with _lock:
@@ -126,8 +159,8 @@ class Future(concurrent.futures.Future[T]):
                     self._state = CANCELLED
                 condition.notify_all()
         self._call_back()
-        if self.on_cancel is not None:
-            self.on_cancel(self)
+        if self.owner is not None:
+            self.owner.cancelled(self)
         return True
 
     # -- the executor's side

@@ -95,7 +95,7 @@ def _pool_of(workers: int, environment: Mapping[str, str]) -> PoolExecutor:
     """
     global _kept
     if _kept is not None:
-        if _kept[:2] == (workers, environment) and _kept[2]._engine.state == "open":
+        if _kept[:2] == (workers, environment) and _kept[2]._driver.state == "open":
             return _kept[2]
         _kept[2].shutdown(wait=False)
     pool = PoolExecutor(workers, initializer=_set_environment, initargs=(environment,))

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 
 from acomm.egress import Policy
+from workers import mapped
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
 from workers.exchange import number_of
@@ -109,6 +110,7 @@ class PickledWorker(Worker):
         super().__init__(Registry(()), socket, slot, MAX_CALL, Place(), Policy())
         self._loader = Loader(reader)
         self._arena = arena
+        mapped.mark = slot.progress
         known: dict[str, Any] = {}
         get = known.get
         self._find = lambda name: get(name) or known.setdefault(name, _Expected())
