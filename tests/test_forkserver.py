@@ -384,7 +384,7 @@ def test_the_lifeline_needs_no_template(folder: Path) -> None:
 
 def test_a_lifeline_that_ended_before_it_was_armed() -> None:
     code = (
-        "import os; from workers.template import arm_lifeline; r, w = os.pipe(); os.close(w); arm_lifeline(r)"
+        "import os; from workers.forked import arm_lifeline; r, w = os.pipe(); os.close(w); arm_lifeline(r)"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], process_group=0, cwd=root, check=False)

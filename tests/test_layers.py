@@ -50,6 +50,7 @@ ACOMM = {
 
 WORKERS = {
     "errors": 0,
+    "forked": 0,
     "lineage": 0,
     "calls": 1,
     "config": 1,
@@ -63,12 +64,12 @@ WORKERS = {
     "signature": 1,
     "sourcecode": 1,
     "taskview": 1,
-    "template": 1,
     "lanes": 2,
     "registry": 2,
     "running": 2,
     "softlimit": 2,
     "streaming": 2,
+    "template": 2,
     "dispatcher": 3,
     "forkserver": 3,
     "futures": 1,

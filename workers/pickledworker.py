@@ -15,11 +15,11 @@ import zmq
 from acomm.egress import Policy
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
+from workers.forked import end_copy
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
 from workers.registry import Registry
 from workers.scoreboard import SlotWriter
 from workers.streaming import Place
-from workers.template import end_copy
 from workers.worker import Settings, Worker, failure_of, serve
 
 TARGET = "workers.pickledworker:main"

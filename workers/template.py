@@ -15,9 +15,7 @@ of any worker after that.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import errno
-import faulthandler
 import fcntl
 import gc
 import importlib
@@ -29,10 +27,11 @@ import struct
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from workers import forked
 from workers.lineage import Mark
 
 COMMAND = struct.Struct("=BqiH")
@@ -60,11 +59,7 @@ _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.S
 """Blocked in the template, as only the end of its socket ends it: a terminal, or a service manager that
 signals all processes of a service, must not take the workers away from a parent that drains."""
 
-_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-Target = Callable[[bytes, "list[int]"], object]
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(
@@ -89,7 +84,7 @@ class Template:
         self._serial = 0
         self._kept: frozenset[int] = frozenset()
         self._outbox: deque[bytes] = deque()
-        self._target: Target | None = None
+        self._target: forked.Target | None = None
         self._handled: list[int] = []  # signals that have a Python handler
         self._wake_read, self._wake_write = os.pipe()
         sock.setblocking(False)
@@ -97,8 +92,8 @@ class Template:
             os.set_inheritable(fd, False)
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        _set_name("acomm-template")
+        forked.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        forked.set_name("acomm-template")
         signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)
 
     # -- start
@@ -131,7 +126,7 @@ class Template:
             n for n in signal.valid_signals() if callable(signal.getsignal(n)) and n != signal.SIGINT
         ]
         _quiet_fork_warning()
-        _flush()
+        forked.flush()
         gc.collect()
         gc.disable()  # until a worker enables it: a collection here would only unshare pages
         gc.freeze()
@@ -202,7 +197,8 @@ class Template:
             self._send(FORK_FAILED, token, text=f"fork: {code}: {error.strerror}")
             return
         if pid == 0:
-            self._be_worker(config, fds)
+            assert self._target is not None
+            forked.become(self._settle, self._target, config, fds)
         with suppress(OSError):  # also done by the child; whoever is first
             os.setpgid(pid, pid)
         self._workers[pid] = (token, self._serial)
@@ -302,99 +298,18 @@ class Template:
                 with suppress(OSError):
                     os.unlink(path)
         atexit._run_exitfuncs()
-        _flush()
+        forked.flush()
         os._exit(0)
 
     # -- the worker's side of the fork
 
-    def _be_worker(self, config: bytes, fds: list[int]) -> NoReturn:
-        code = 1
-        try:
-            self._settle()
-            assert self._target is not None
-            code = _call(self._target, config, fds)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            _flush()
-            os._exit(code)
-
     def _settle(self) -> None:
-        """Turn the forked copy of the template into a worker."""
-        with suppress(OSError):
-            os.setpgid(0, 0)
-        arm_lifeline(self._lifeline)
-        for number in self._handled:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
+        """Leave what is the template's alone."""
+        forked.settle(self._lifeline, self._handled)
         for fd in (self._lifeline, self._wake_read, self._wake_write):
             os.close(fd)
         self._sock.close()
-        _set_name("acomm-worker")
         self._mark.sign(self._serial)
-        with suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
-            score = int(file.read())
-            file.seek(0)
-            file.write(str(min(1000, score + 500)))
-        with suppress(OSError, ValueError, RuntimeError):
-            faulthandler.enable(file=2)
-            faulthandler.register(signal.SIGUSR1, file=2, chain=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        atexit._clear()  # what preloaded modules registered is for the template's end, not for each worker's
-        if numpy_random := sys.modules.get("numpy.random"):  # `random` reseeds itself after a fork
-            numpy_random.seed()
-        gc.enable()
-
-
-def arm_lifeline(fd: int) -> None:
-    """Have the kernel SIGKILL this process group when the last write end of the pipe `fd` is closed.
-
-    The signal settings belong to the open file description, so it is opened anew: one a worker. It is
-    sent by the kernel (fcntl(2): O_ASYNC, F_SETSIG), which needs no bytecode to run here.
-    """
-    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
-    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(own, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    if poller.poll(0):  # it ended before it was armed
-        os.killpg(0, signal.SIGKILL)
-
-
-def _call(target: Target, config: bytes, fds: list[int]) -> int:
-    """Run the target and its exit functions; the exit code. Threads are not joined: they must not hold us."""
-    code = 0
-    try:
-        target(config, fds)
-    except BaseException as error:
-        code = _exit_code(error)
-    atexit._run_exitfuncs()
-    return code
-
-
-def _exit_code(error: BaseException) -> int:
-    """What the interpreter makes of an exception that nobody catches."""
-    if not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
-    if error.code is None or isinstance(error.code, int):
-        return (error.code or 0) & 0xFF
-    print(error.code, file=sys.stderr)
-    return 1
-
-
-def end_copy(error: BaseException | None) -> NoReturn:
-    """End a process that a task has forked, and that has come out of the task like its original, with `error`
-    or without. It holds the worker's socket and must not go on as a second worker.
-    """
-    code = 1
-    try:
-        code = 0 if error is None else _exit_code(error)
-    finally:
-        _flush()
-        os._exit(code)
 
 
 def _next_dead() -> int | None:
@@ -446,17 +361,3 @@ def _quiet_fork_warning() -> None:
         warnings.filterwarnings(
             "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
         )
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-
-
-def _set_name(name: str) -> None:
-    _prctl(_PR_SET_NAME, name.encode())
-
-
-def _prctl(option: int, value: int | bytes) -> None:
-    _libc.prctl(option, value, 0, 0, 0)

@@ -29,12 +29,12 @@ from acomm.egress import Policy
 from workers import softlimit, streaming
 from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, SoftTimeout, TooLarge
+from workers.forked import end_copy
 from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
 from workers.softlimit import limited, limited_coroutine
 from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
-from workers.template import end_copy
 
 HOLD = 0.0002
 """Seconds that a finished answer may wait for others: sending one costs about a tenth of it."""
