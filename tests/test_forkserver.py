@@ -242,7 +242,7 @@ def test_a_worker_starts_clean(watch: Watch) -> None:
     assert state["stdin"] == "/dev/null"
     assert state["sigint"] and state["sigterm"] and state["sigchld"]
     assert state["blocked"] == 0
-    assert state["descriptors"] == 6  # three standard ones, the lifeline, the pipe, and the listing
+    assert state["descriptors"] == 7  # standard ones, faulthandler's, the lifeline, the pipe, the listing
     assert state["main"] is None
     own = int(Path("/proc/self/oom_score_adj").read_text())
     assert state["oom"] == min(1000, own + 500)

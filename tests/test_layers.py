@@ -49,9 +49,14 @@ ACOMM = {
 }
 
 WORKERS = {
+    "ending": 0,
     "errors": 0,
     "forked": 0,
     "lineage": 0,
+    "oomkills": 0,
+    "sinks": 0,
+    "tails": 0,
+    "capture": 1,
     "calls": 1,
     "config": 1,
     "handlerthreads": 1,

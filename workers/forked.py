@@ -40,8 +40,10 @@ def become(settle: Callable[[], None], target: Target, config: bytes, fds: list[
         _end(code)
 
 
-def settle(lifeline: int, handled: Iterable[int]) -> None:
-    """Make this process one of its own: group, lifeline, name, signals (of which `handled` had handlers)."""
+def settle(lifeline: int, handled: Iterable[int], dump: int) -> None:
+    """Make this process one of its own: group, lifeline, name, signals (of which `handled` had handlers).
+    faulthandler writes to the descriptor `dump`.
+    """
     with suppress(OSError):
         os.setpgid(0, 0)
     arm_lifeline(lifeline)
@@ -55,8 +57,8 @@ def settle(lifeline: int, handled: Iterable[int]) -> None:
         file.seek(0)
         file.write(str(min(1000, score + OOM_SCORE)))
     with suppress(OSError, ValueError, RuntimeError):
-        faulthandler.enable(file=2)
-        faulthandler.register(signal.SIGUSR1, file=2, chain=False)
+        faulthandler.enable(file=dump)
+        faulthandler.register(signal.SIGUSR1, file=dump, chain=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     atexit._clear()  # what preloaded modules registered is for the template's end, not for each worker's
     if numpy_random := sys.modules.get("numpy.random"):  # `random` reseeds itself after a fork
@@ -91,8 +93,14 @@ def _call(target: Target, config: bytes, fds: list[int]) -> int:
     return code
 
 
+class Terminated(SystemExit):
+    """Raised in the main thread of a worker by SIGTERM: its call must stop, and so must the worker."""
+
+
 def _exit_code(error: BaseException) -> int:
-    """What the interpreter makes of an exception that nobody catches."""
+    """What the interpreter makes of an exception that nobody catches; below 0: the signal to die of."""
+    if isinstance(error, Terminated):
+        return -signal.SIGTERM
     if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
@@ -115,7 +123,10 @@ def end_copy(error: BaseException | None) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     flush()
-    os._exit(code)
+    if code < 0:  # who waits for us is to see what we died of
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
 
 
 def flush() -> None:

@@ -1,8 +1,8 @@
 """The template process: preload once, fork workers on command, bury them.
 
 It runs in a process of its own, started by `workers.forkserver`, which has the picture of the actors.
-Single-threaded: one `poll` on the socket to the parent and on the signal wake-up pipe. It imports
-little, as everything that it imports is in every worker.
+Single-threaded: one `poll` on the socket to the parent, on the signal wake-up pipe, and on what workers
+print (`workers.capture`). It imports little, as everything that it imports is in every worker.
 
 Whose orphan is it? A descendant of a worker that left the worker's process group (`setsid`) is not hit by
 a kill of the group. The template is a subreaper, so such a process becomes its child as soon as its own
@@ -25,23 +25,32 @@ import signal
 import socket
 import struct
 import sys
+import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from workers import forked
+from workers.capture import Capture, Outputs
+from workers.ending import Ending, Graces
 from workers.lineage import Mark
+from workers.oomkills import OomKills
 
 COMMAND = struct.Struct("=BqiH")
 """Parent to template: kind, token or pid, signal, number of descriptors; the config bytes follow."""
 
-FORK, FORK_MEMFD, KILL = range(3)
-"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor."""
+FORK, FORK_MEMFD, KILL, END = range(4)
+"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES."""
+
+GRACES = struct.Struct("=dd")
 
 EVENT = struct.Struct("=BqiiQd")
-"""Template to parent: kind, token, pid, status, max RSS, CPU seconds; UTF-8 text follows."""
+"""Template to parent: kind, token, pid, status, max RSS, CPU seconds; UTF-8 text follows, or for EXITED one
+byte, whether it was the OOM killer, and what the worker said (`workers.tails.pack`).
+"""
 
 READY, FORKED, EXITED, FAILED, FORK_FAILED = range(5)
 """Kinds of event."""
@@ -55,6 +64,9 @@ MAX_FDS = 250
 STOP_PATIENCE = 5.0
 """Seconds that a stopping template waits for killed processes (one in a stuck disk wait cannot die)."""
 
+_FLUSH_PATIENCE = 0.5
+"""Seconds that a stopping template waits for a reader that does not take what workers have printed."""
+
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Blocked in the template, as only the end of its socket ends it: a terminal, or a service manager that
 signals all processes of a service, must not take the workers away from a parent that drains."""
@@ -63,30 +75,56 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(
-    sock_fd: int, lifeline: int, server: str, target: str, preload: Sequence[str], cleanup: Sequence[str]
+    sock_fd: int,
+    lifeline: int,
+    server: str,
+    target: str,
+    preload: Sequence[str],
+    cleanup: Sequence[str],
+    capture: bool,
 ) -> NoReturn:
     """Run the template until its parent is gone. Entry point of the child interpreter."""
-    template = Template(socket.socket(fileno=sock_fd), lifeline, server, cleanup)
+    template = Template(socket.socket(fileno=sock_fd), lifeline, server, cleanup, capture)
     if template.preload(preload, target):
         template.run()
     template.stop()
 
 
+class _Worker:
+    """A worker that is not reaped. `struck` is whether it was sent SIGKILL from here."""
+
+    __slots__ = ("capture", "ending", "serial", "struck", "token")
+
+    def __init__(self, token: int, serial: int, capture: Capture) -> None:
+        self.token = token
+        self.serial = serial
+        self.capture = capture
+        self.ending: Ending | None = None
+        self.struck = False
+
+
 class Template:
     """The loop of the template process, and what it knows of its workers."""
 
-    def __init__(self, sock: socket.socket, lifeline: int, server: str, cleanup: Sequence[str]) -> None:
+    def __init__(
+        self, sock: socket.socket, lifeline: int, server: str, cleanup: Sequence[str], capture: bool
+    ) -> None:
         self._sock = sock
         self._lifeline = lifeline
         self._mark = Mark(server)
         self._cleanup = cleanup
-        self._workers: dict[int, tuple[int, int]] = {}  # pid -> token, serial
+        self._workers: dict[int, _Worker] = {}  # by pid
+        self._ending: set[int] = set()  # the pids of those that have something to come
         self._serial = 0
         self._kept: frozenset[int] = frozenset()
         self._outbox: deque[bytes] = deque()
         self._target: forked.Target | None = None
         self._handled: list[int] = []  # signals that have a Python handler
         self._wake_read, self._wake_write = os.pipe()
+        self._poller = select.poll()
+        self._poller.register(self._wake_read, select.POLLIN)
+        self._outputs = Outputs(self._poller, capture)
+        self._oom_kills = OomKills()
         sock.setblocking(False)
         for fd in (sock.fileno(), lifeline):
             os.set_inheritable(fd, False)
@@ -145,16 +183,24 @@ class Template:
 
     def run(self) -> None:
         """Serve until the socket to the parent ends."""
-        poller = select.poll()
-        poller.register(self._wake_read, select.POLLIN)
         while True:
-            poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-            poller.poll()
+            self._poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+            ready = self._poller.poll(self._patience())
+            self._outputs.events(ready, time.monotonic())
             if not self._receive():
                 return
+            if self._ending:
+                self._step_endings(time.monotonic())
             self._reap()
             if not self._flush_outbox():
                 return
+
+    def _patience(self) -> float | None:
+        """Milliseconds to wait for events; None: any time."""
+        times = [ending.due for pid in self._ending if (ending := self._workers[pid].ending)]
+        times.append(self._outputs.due)
+        due = min((when for when in times if when is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic()) * 1000
 
     def _receive(self) -> bool:
         """Do one command, if there is one; False at the end of the socket."""
@@ -175,6 +221,8 @@ class Template:
         try:
             if kind == KILL:
                 self._kill(number, sig)
+            elif kind == END:
+                self._end(number, Graces(*GRACES.unpack_from(data, COMMAND.size)))
             elif len(fds) != fd_count:
                 self._send(FORK_FAILED, number, text="descriptors were lost on the way: too many open files")
             else:
@@ -190,25 +238,53 @@ class Template:
 
     def _fork(self, token: int, config: bytes, fds: list[int]) -> None:
         self._serial += 1
+        capture = None
         try:
+            capture = self._outputs.open()
             pid = os.fork()
         except OSError as error:
+            if capture is not None:
+                capture.close()
             code = errno.errorcode.get(error.errno or 0, str(error.errno))
             self._send(FORK_FAILED, token, text=f"fork: {code}: {error.strerror}")
             return
         if pid == 0:
             assert self._target is not None
-            forked.become(self._settle, self._target, config, fds)
+            forked.become(partial(self._settle, capture), self._target, config, fds)
         with suppress(OSError):  # also done by the child; whoever is first
             os.setpgid(pid, pid)
-        self._workers[pid] = (token, self._serial)
+        self._workers[pid] = _Worker(token, self._serial, capture)
+        self._outputs.watch(capture)
+        self._oom_kills.look()  # what was before is no death of this one
         self._send(FORKED, token, pid)
 
     def _kill(self, pid: int, sig: int) -> None:
         # A pid in the table is not reaped, so the number cannot have been given to another process.
-        if pid in self._workers:
+        worker = self._workers.get(pid)
+        if worker is not None:
+            worker.struck |= sig == signal.SIGKILL
             with suppress(OSError):
                 os.killpg(pid, sig)
+
+    def _end(self, pid: int, graces: Graces) -> None:
+        worker = self._workers.get(pid)
+        if worker is not None and worker.ending is None:
+            worker.ending = Ending(graces, time.monotonic())
+            worker.capture.want_dump()
+            self._ending.add(pid)
+
+    def _step_endings(self, now: float) -> None:
+        for pid in list(self._ending):
+            worker = self._workers[pid]
+            assert worker.ending is not None
+            while (sig := worker.ending.step(now, worker.capture.dumped)) is not None:
+                if sig == signal.SIGUSR1:  # its subprocesses would die of it
+                    with suppress(OSError):
+                        os.kill(pid, sig)
+                else:
+                    self._kill(pid, sig)
+            if worker.ending.due is None:
+                self._ending.discard(pid)
 
     def _reap(self) -> None:
         """Report dead workers, and kill what they left behind."""
@@ -220,19 +296,23 @@ class Template:
             died = True
             worker = self._workers.pop(pid, None)
             if worker:
+                self._ending.discard(pid)
                 with suppress(OSError):  # before the pid is free: it is the id of the group, too
                     os.killpg(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
             if worker:
-                exits.append((worker[0], pid, os.waitstatus_to_exitcode(status), usage))
+                exits.append((worker, pid, os.waitstatus_to_exitcode(status), usage))
         if died:
             self._kill_orphans()
-        for token, pid, code, usage in exits:
+        struck = [code == -signal.SIGKILL and not worker.struck for worker, _, code, _ in exits]
+        oom = any(struck) and self._oom_kills.look()
+        for (worker, pid, code, usage), by_others in zip(exits, struck, strict=True):
             cpu = usage.ru_utime + usage.ru_stime
-            self._send(EXITED, token, pid, code, usage.ru_maxrss * 1024, cpu)
+            tail = bytes([oom and by_others]) + self._outputs.bury(worker.capture)
+            self._send(EXITED, worker.token, pid, code, usage.ru_maxrss * 1024, cpu, tail=tail)
 
     def _kill_orphans(self) -> None:
-        owners = {serial for _, serial in self._workers.values()}
+        owners = {worker.serial for worker in self._workers.values()}
         for pid in _children():
             if pid not in self._workers and pid not in self._kept and self._mark.owner(pid) not in owners:
                 with suppress(OSError):
@@ -249,8 +329,9 @@ class Template:
         rss: int = 0,
         cpu: float = 0.0,
         text: str = "",
+        tail: bytes = b"",
     ) -> None:
-        tail = text.encode("utf-8", "replace")[: MAX_MESSAGE // 2]
+        tail = tail or text.encode("utf-8", "replace")[: MAX_MESSAGE // 2]
         self._outbox.append(EVENT.pack(kind, token, pid, status, rss, cpu) + tail)
         self._flush_outbox()
 
@@ -270,7 +351,6 @@ class Template:
     def stop(self) -> NoReturn:
         """Kill every descendant, remove the cleanup paths, exit."""
         import shutil
-        import time
 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
@@ -291,6 +371,7 @@ class Template:
             while (pid_dead := _next_dead()) is not None:
                 self._workers.pop(pid_dead, None)
                 os.waitpid(pid_dead, 0)
+        self._outputs.finish(_FLUSH_PATIENCE)
         for path in self._cleanup:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -303,9 +384,10 @@ class Template:
 
     # -- the worker's side of the fork
 
-    def _settle(self) -> None:
+    def _settle(self, capture: Capture) -> None:
         """Leave what is the template's alone."""
-        forked.settle(self._lifeline, self._handled)
+        forked.settle(self._lifeline, self._handled, capture.adopt())
+        self._outputs.leave()
         for fd in (self._lifeline, self._wake_read, self._wake_write):
             os.close(fd)
         self._sock.close()
