@@ -59,7 +59,7 @@ class Running(NamedTuple):
 
 
 class Doom(NamedTuple):
-    """A worker to kill, and why."""
+    """A worker to end, and why."""
 
     worker: int
     error: AcommError
@@ -208,7 +208,8 @@ class Dispatcher:
 
     def worker_lost(self, id: int, running: int, lost: Callable[[Call], WorkerLost]) -> list[Outcome]:
         """A worker is gone. The call that it ran pays for it; those that waited behind are queued again,
-        in front and uncounted. `lost` makes the error, `running` is the number of the call (0: none).
+        in front and uncounted. One for which the worker was ended gets the receipt. `lost` makes the error,
+        `running` is the number of the call (0: none).
         """
         worker = self._workers.pop(id, None)
         if worker is None:
@@ -226,6 +227,7 @@ class Dispatcher:
             doom = worker.doomed.get(number)
             if doom is not None:
                 # Even if it has just ended: its answer is lost, and it is not to run again.
+                doom.receipt = lost(call).receipt
                 outcomes.append(self._settle(call, None, doom))
             elif (number != running or worker.doomed) and not call.streaming:
                 # Waited behind, or started in the moment in which we killed the worker for another.
@@ -243,10 +245,11 @@ class Dispatcher:
 
     def _crashed(self, call: Call, lost: Callable[[Call], WorkerLost]) -> Outcome | None:
         """The outcome of a call whose worker died; None if it is to be tried again."""
-        call.crashed += 1
-        if call.crashed <= call.crashes and not call.streaming:
+        if call.crashed < call.crashes and not call.streaming:
+            call.crashed += 1
             return None
         error: AcommError = lost(call)
+        call.crashed += 1
         if call.crashes and not call.streaming:
             error = Poisoned(f"{error} (worker {call.crashed} that it killed)", receipt=error.receipt)
         return self._settle(call, None, error)

@@ -67,7 +67,8 @@ class PoolExecutor(concurrent.futures.Executor):
     They start at the first submit, from a fresh interpreter, and each calls `initializer(*initargs)` first.
     `max_tasks_per_child` calls, and a worker is replaced. `preload` are modules that are imported once,
     before workers are forked, which saves each of them time and memory. `mp_context` is accepted for programs
-    that are written for the standard library's, and has no effect.
+    that are written for the standard library's, and has no effect. With `capture`, the receipt of a call that
+    is lost or killed tells what it printed; what workers print then comes by a pipe, maybe after the result.
 
     Raises ValueError and TypeError for what makes no sense, RuntimeError in a worker of such a pool.
     """
@@ -81,6 +82,7 @@ class PoolExecutor(concurrent.futures.Executor):
         *,
         max_tasks_per_child: int | None = None,
         preload: Iterable[str] = (),
+        capture: bool = False,
     ) -> None:
         if pickledworker.within:
             raise RuntimeError("a worker of a PoolExecutor cannot have a PoolExecutor of its own")
@@ -104,6 +106,7 @@ class PoolExecutor(concurrent.futures.Executor):
             target=pickledworker.TARGET,
             setup=setup,
             max_tasks_per_child=max_tasks_per_child,
+            capture=capture,
         )
         self._max_workers = max_workers  # joblib and others look at it
         self._functions = Functions()
@@ -388,7 +391,7 @@ class _Engine:
         killed = call in self._killed
         self._killed.discard(call)
         if killed and isinstance(error, CallCancelled):
-            return CallCancelled(f"the call of {call.task} was killed")
+            return CallCancelled(f"the call of {call.task} was killed", receipt=error.receipt)
         if isinstance(error, WorkerLost):
             lost = CallLost if self._pool.failure is None else BrokenPool
             return lost(error.message, receipt=error.receipt)

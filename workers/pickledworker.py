@@ -15,7 +15,7 @@ import zmq
 from acomm.egress import Policy
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
-from workers.forked import end_copy
+from workers.forked import Terminated, end_copy
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
 from workers.registry import Registry
 from workers.scoreboard import SlotWriter
@@ -79,6 +79,8 @@ class PickledWorker(Worker):
         except BaseException as error:  # SystemExit too: a call ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)
+            if isinstance(error, Terminated):
+                raise
             if isinstance(error, TooLarge):
                 return Answer(job.number, 0.0, None, Failure(error.code, error.message))
             error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # our own frame

@@ -31,6 +31,7 @@ import zmq
 
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
+from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
@@ -90,8 +91,9 @@ class Pool:
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls (None: never). `target` is what a worker runs, and `setup` is for workers of
-    another kind than ours.
+    `max_tasks_per_child` calls (None: never). One whose call has passed its limit, or is cancelled, gets
+    `graces` to end. With `capture`, receipts tell what workers printed, which a template passes on. `target`
+    is what a worker runs, and `setup` is for workers of another kind than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up.
 
@@ -112,6 +114,8 @@ class Pool:
         max_tasks_per_child: int | None = None,
         target: str = "workers.worker:main",
         setup: bytes = b"",
+        graces: Graces | None = None,
+        capture: bool = True,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -136,6 +140,8 @@ class Pool:
             settings=self._settings,
             on_ready=self._worker_ready,
             on_death=self._worker_died,
+            graces=graces or Graces(),
+            capture=capture,
         )
         self._dead: dict[int, tuple[Worker, float]] = {}
         self._stopping = False
@@ -261,7 +267,7 @@ class Pool:
         return self.dispatcher.submit(call)
 
     def cancel(self, number: int) -> Outcome | None:
-        """Give up a call; a running one is killed, and its outcome comes later."""
+        """Give up a call; the worker of a running one is ended, and its outcome comes later."""
         now = time.monotonic()
         what = self.dispatcher.cancel(number, now, self._running_of(number))
         if isinstance(what, Doom):
@@ -481,7 +487,8 @@ class Pool:
         worker = self._processes.get(doom.worker)
         if worker is not None:
             worker.stopping = True
-            self._kill(worker)
+            if self._processes.end(worker):
+                self.dispatcher.retire(worker.token)
 
     def _kill(self, worker: Worker) -> None:
         if self._processes.kill(worker):

@@ -36,6 +36,7 @@ from acomm.urls import unix_path, unix_url
 from workers import service
 from workers.calls import Call, Outcome
 from workers.config import Config
+from workers.ending import Graces
 from workers.errors import (
     BadRequest,
     Busy,
@@ -105,6 +106,8 @@ class Supervisor:
             allow_hook=self.config.allow_hook,
             url=unix_url(os.path.abspath(self.config.socket)),
             max_tasks_per_child=self.config.max_tasks_per_child,
+            graces=Graces(term=self.config.term_grace),
+            capture=self.config.capture,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)

@@ -20,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ from acomm.egress import Policy
 from workers import softlimit, streaming
 from workers.calls import ABANDONED, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, SoftTimeout, TooLarge
-from workers.forked import end_copy
+from workers.forked import Terminated, end_copy
 from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
@@ -96,8 +97,10 @@ def serve(
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(settings.endpoint)
     try:
+        worker = make(socket, scoreboard.writer(settings.slot))
+        signal.signal(signal.SIGTERM, worker.terminate)
         socket.send(READY)
-        make(socket, scoreboard.writer(settings.slot)).run()
+        worker.run()
     finally:
         socket.close()
         context.term()
@@ -126,6 +129,7 @@ class Worker:
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
         self._stopping = False
+        self._terminated = False
         # The helper uses the socket only under the lock and while `_begun`, the start of what runs, is not
         # 0: outside of a batch it is the main thread's alone.
         self._lock = threading.Lock()
@@ -139,11 +143,25 @@ class Worker:
         try:
             while not self._stopping and (message := self._socket.recv()) != STOP:
                 self._run_all(_jobs.decode(message))
+        except Terminated:
+            with self._lock:
+                self._begun = 0.0  # the helper leaves the socket alone
+                self._flush()
+            raise
         finally:
             self._stopping = True
             self._batch.set()
             if self._runner is not None:
                 self._runner.close()
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM: what runs must stop now, and nothing else is begun. Raised once: a task that cleans up is
+        not interrupted again.
+        """
+        if not self._terminated:
+            self._terminated = self._stopping = True
+            self._jobs.clear()
+            raise Terminated
 
     def _run_all(self, batch: list[Job]) -> None:
         jobs = self._jobs
@@ -228,6 +246,8 @@ class Worker:
         except BaseException as error:  # SystemExit too: a task ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)
+            if isinstance(error, Terminated):
+                raise
             return Answer(job.number, 0.0, None, failure_of(error, runnable.retry_on))
         finally:
             leave(context)
