@@ -106,8 +106,7 @@ class Outputs:
         for capture in self._captures:
             capture.close()
         for sink in self._sinks:
-            if sink.fd > 2:
-                os.close(sink.fd)
+            sink.close()
 
     def events(self, ready: list[tuple[int, int]], now: float) -> None:
         """Do what the descriptors that `poller` found ready for; others' are ignored."""

@@ -33,8 +33,9 @@ class Sink:
     when it takes more.
     """
 
-    def __init__(self, fd: int, write: Write | None) -> None:
+    def __init__(self, fd: int, write: Write | None, close: Callable[[], None] = lambda: None) -> None:
         self.fd = fd
+        self.close = close  # what was opened for it
         self.lost = 0  # bytes; above 0 all further ones are dropped
         self._write = write
         self._backlog = bytearray()
@@ -72,7 +73,7 @@ class Sink:
         """Write what is taken. `writable` is whether the descriptor polls so."""
         if self.lost and writable:
             self._backlog += (
-                f"\n[acomm: {self.lost} bytes of output were dropped: nobody read them]\n".encode()
+                f"\n[acomm: {self.lost} bytes of output were dropped, as nobody read them]\n".encode()
             )
             self.lost, self._stuck = 0, None
         try:
@@ -109,11 +110,11 @@ def open_sink(fd: int) -> Sink:
         return Sink(fd, partial(os.write, fd))  # at the place that all share; a file never makes one wait
     if stat.S_ISSOCK(mode):  # systemd's journal
         sock = socket.socket(fileno=os.dup(fd))
-        return Sink(sock.fileno(), lambda data: sock.send(data, socket.MSG_DONTWAIT))
+        return Sink(sock.fileno(), lambda data: sock.send(data, socket.MSG_DONTWAIT), sock.close)
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         own = os.open(f"/proc/self/fd/{fd}", flags)  # anew, so that it alone is not blocking
-        return Sink(own, partial(os.write, own))
+        return Sink(own, partial(os.write, own), partial(os.close, own))
     # Another user's terminal or pipe. What it has room for when it polls writable, by its kind.
     return Sink(fd, partial(_write_some, fd, 256 if stat.S_ISCHR(mode) else select.PIPE_BUF))
 
