@@ -120,9 +120,18 @@ def test_the_programs_in_the_readme_run(served: dict[str, str], tmp_path: Path) 
 def test_the_pool_in_the_guide_runs(tmp_path: Path) -> None:
     """As a script, since what is __main__'s is what executors stumble over."""
     script = tmp_path / "squares.py"
-    script.write_text(block_with("PoolExecutor"))
+    script.write_text(block_with("pool.kill"))
     done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
     assert (done.stdout, done.stderr) == ("285\n", "")
+
+
+@pytest.mark.process
+def test_the_receipt_in_the_guide_is_had(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(block_with("capture=True"))
+    done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "6 reading a.png\n\nTrue\n", done.stderr
+    assert done.stderr.startswith("reading a.png\nFatal Python error: Aborted\n")
 
 
 @pytest.mark.process
