@@ -14,7 +14,7 @@ ALL = [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL]
 
 def steps(ending: Ending, now: float, dumped: bool = False) -> list[signal.Signals]:
     found = []
-    while (sig := ending.step(now, dumped)) is not None:
+    while (sig := ending.step(now, lambda: dumped)) is not None:
         found.append(sig)
     return found
 

@@ -21,7 +21,10 @@ from workers.calls import Call
 from workers.ending import Graces
 from workers.errors import AcommError, CallCancelled, CallTimeout, TaskError, WorkerLost
 from workers.executor import CallLost, PoolExecutor
-from workers.tails import TAIL
+from workers.processes import Worker
+from workers.receipts import worker_lost
+from workers.scoreboard import Slot
+from workers.tails import STDERR, TAIL, Said
 
 pytestmark = pytest.mark.process
 
@@ -343,3 +346,17 @@ def sleep_when_told(path: str) -> None:
 def test_an_error_that_is_no_death_has_no_receipt(driver: Driver) -> None:
     error = driver.run(Call("fail", b'["x"]'))[0].error
     assert isinstance(error, TaskError) and error.receipt is None
+
+
+def test_a_death_that_was_likely_for_want_of_memory() -> None:
+    worker = Worker(1, 0, 0.0)
+    worker.pid, worker.status, worker.oom = 5, -signal.SIGKILL, True
+    worker.running = Slot(1, 10.0, 0.0, 0.0)
+    worker.said = (Said(STDERR, 9.0, b"of another"), Said(STDERR, 10.0, b"its \xff own"))
+    lost = worker_lost(Call("greedy", None), worker, 12.0)
+    assert str(lost) == (
+        "worker 5 was killed by SIGKILL, likely by the kernel for want of memory, while it ran task greedy"
+    )
+    assert lost.receipt is not None
+    assert (lost.receipt["oom_killer"], lost.receipt["stderr"]) == ("likely", "its \ufffd own")
+    assert lost.receipt["ran_seconds"] == 2.0 and "stdout" not in lost.receipt

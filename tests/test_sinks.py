@@ -72,6 +72,9 @@ def test_what_waits_is_bounded() -> None:
         sink.add(b"x" * BACKLOG, 0.0)
     assert sink.lost >= 100 * BACKLOG - LIMIT - BACKLOG
     assert len(sink._backlog) <= LIMIT + BACKLOG
+    assert sink.full and sink.due == PATIENCE  # those who print do not wait for ever
+    sink.pump(PATIENCE)
+    assert not sink.full and sink.lost == 100 * BACKLOG
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), ConnectionResetError()])

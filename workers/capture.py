@@ -113,6 +113,9 @@ class Outputs:
         for fd, _ in ready:
             capture = self._pipes.get(fd)
             if capture is not None:
+                stream = capture.reads[fd].stream
+                if stream != DUMP and self._sinks[stream].full:
+                    continue  # others have just filled it
                 if self._read(capture, fd) == b"":
                     self._poller.unregister(fd)  # nobody can write there any more
                     del self._pipes[fd]
@@ -181,7 +184,7 @@ class Outputs:
         return said
 
     def finish(self, seconds: float) -> None:
-        """Pass on what is left, at the end; a reader that is stuck gets `seconds`."""
+        """Pass on what is left, at the end; each of the two readers gets `seconds`."""
         for capture in list(self._captures):
             self.bury(capture)
         for sink in self._sinks:

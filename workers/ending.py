@@ -10,6 +10,7 @@ refused. A worker that dies on the way gets no more.
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -33,15 +34,15 @@ class Ending:
     def __repr__(self) -> str:
         return f"<Ending, last sent: {self._last.name if self._last else 'nothing'}>"
 
-    def step(self, now: float, dumped: bool) -> signal.Signals | None:
-        """The signal to send now, if it is time for one; ask again until there is none. `dumped` is whether
-        the stack is on its way: SIGTERM may then follow at once, as Python acts on it after the dump.
+    def step(self, now: float, dumped: Callable[[], bool]) -> signal.Signals | None:
+        """The signal to send now, if it is time for one; ask again until there is none. `dumped` tells
+        whether SIGTERM would not get in the way of the stack any more.
         """
         if self.due is None:
             return None
         if self._last is None:
             self._last, self.due = signal.SIGUSR1, now + self._graces.dump
-        elif self._last == signal.SIGUSR1 and (dumped or now >= self.due):
+        elif self._last == signal.SIGUSR1 and (now >= self.due or dumped()):
             self._last, self.due = signal.SIGTERM, now + self._graces.term
         elif self._last == signal.SIGTERM and now >= self.due:
             self._last, self.due = signal.SIGKILL, None

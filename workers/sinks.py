@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 
 BACKLOG = 65536
 """Bytes that wait for the reader before those who print must."""
@@ -57,7 +58,7 @@ class Sink:
     @property
     def due(self) -> float | None:
         """When to `pump` at the latest."""
-        return None if self._stuck is None or self.lost else self._stuck + PATIENCE
+        return self._stuck + PATIENCE if self._stuck is not None and self._backlog else None
 
     def add(self, data: bytes, now: float) -> None:
         """Pass `data` on, now or later."""
@@ -82,8 +83,8 @@ class Sink:
                 self._stuck = None
         except BlockingIOError:
             self._stuck = now if self._stuck is None else self._stuck
-            if not self.lost and now - self._stuck >= PATIENCE:
-                self.lost = len(self._backlog)
+            if now - self._stuck >= PATIENCE:
+                self.lost += len(self._backlog)
                 self._backlog.clear()
         except _GONE:
             self._write = None
@@ -92,12 +93,13 @@ class Sink:
             self._backlog.clear()
 
     def flush(self, seconds: float) -> None:
-        """Write what is left, at the end; waits so long at most each time that nothing is taken."""
+        """Write what is left, at the end, for `seconds` at most."""
         poller = select.poll()
-        if self.waiting:
+        if self._backlog:
             poller.register(self.fd, select.POLLOUT)
-        while self.waiting and not self.lost and poller.poll(seconds * 1000):
-            self.pump(0.0, writable=True)
+        end = monotonic() + seconds
+        while self._backlog and (left := end - monotonic()) > 0 and poller.poll(left * 1000):
+            self.pump(monotonic(), writable=True)
 
 
 def open_sink(fd: int) -> Sink:
