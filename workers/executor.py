@@ -161,7 +161,7 @@ class PoolExecutor(concurrent.futures.Executor):
         return _results(weakref.ref(self), futures, fn, calls if buffersize else iter(()), end)
 
     def kill(self, future: concurrent.futures.Future[Any]) -> bool:
-        """End the call of `future`: one that waits is cancelled, one that runs is killed with its worker, and
+        """End the call of `future`: one that waits is cancelled, one that runs is ended with its worker, and
         its future then has CallCancelled, unless it ends first. False if it has ended already.
         """
         if not isinstance(future, Future):

@@ -25,6 +25,9 @@ that a pid is still the worker's, so only there is no moment at which the number
 That costs a message, about 0.1 ms, or the rest of a fork in progress. The template also kills the group of
 every worker that dies by itself, before it reaps the leader, and descendants that left the group.
 
+A worker that is *ended* (`end`) is asked first where it is and to stop (`workers.ending`). What workers print
+goes through the template, too (`workers.capture`).
+
 If the template dies, nobody can tell how the workers fare. `Gone` is reported, and everything that
 it started is killed: the groups by the lifeline, the rest by a mark in the environment. Start another one.
 
