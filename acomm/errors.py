@@ -17,7 +17,7 @@ class AcommError(Exception):
     """Root of all errors of this library; as such, an error that carries no known code.
 
     `code` names the kind, `type` the exception class that the task raised, `traceback` its text,
-    `receipt` what is known of a worker's death, `retry_after` the seconds to wait when `busy`.
+    `receipt` what is known of its worker's end, `retry_after` the seconds to wait when `busy`.
     `str()` is the text on the wire.
     """
 

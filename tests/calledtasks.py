@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -86,3 +88,10 @@ def nested(number: int) -> int:
 @task
 def default_url() -> str:
     return os.environ["ACOMM_URL"]
+
+
+@task
+def crash(words: str) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print(words, file=sys.stderr)
+    os.abort()

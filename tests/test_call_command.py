@@ -19,7 +19,7 @@ from serving import Fifo, Served, environment
 
 import acomm
 from acomm.calls import Progress
-from workers.calling import describe
+from workers.calling import SHOWN_LINES, describe, shown
 
 pytestmark = pytest.mark.process
 
@@ -202,6 +202,34 @@ class TestProgress:
         assert describe(Progress(state="queued")) == "queued"
         assert describe(Progress(0.5, None, "so\nfar", "running")) == "running 0.5 so\\nfar"
         assert describe(Progress(0, 3)) == "0 of 3"
+
+
+class TestReceipts:
+    def test_a_lost_call_shows_where_it_was_and_what_it_said(self, call: Command) -> None:
+        done = call("crash", r'"bad \u001b[31m word"', status=1)
+        first, *rest = done.stderr.decode().splitlines()
+        assert first.startswith("acomm: worker ") and first.endswith("ran task crash [worker_lost]")
+        assert "was killed by SIGABRT" in first
+        assert rest[0] == "its stack, the innermost first:"
+        assert "calledtasks.py" in rest[1] and rest[1].endswith(" in crash")
+        assert rest[2:] == ["its last words on stderr:", "  bad \\x1b[31m word"]
+
+    @pytest.mark.parametrize("receipt", [{}, {"dump": 5, "stderr": ["x"]}, {"dump": "", "stderr": "\n"}])
+    def test_one_that_tells_nothing(self, receipt: dict[str, Any]) -> None:
+        assert shown(receipt) == []
+
+    def test_what_is_shown_is_bounded_and_safe(self) -> None:
+        lines = shown({"dump": "\x00\n" * 1000, "stderr": "\r\x1b\u2028" * 1000 + "\n\x9b2J" * 1000})
+        assert len(lines) == 2 * (SHOWN_LINES + 1)
+        assert all(line.isprintable() and len(line) < 3000 for line in lines)
+
+    def test_of_many_threads_the_current_one_is_shown(self) -> None:
+        dump = (
+            'Thread 0x1 (most recent call first):\n  File "a.py", line 1 in other\n\n'
+            'Current thread 0x2 (most recent call first):\n  File "b.py", line 2 in task\n'
+            '  File "/x/workers/worker.py", line 3 in run\n\nExtension modules: zmq\n'
+        )
+        assert shown({"dump": dump})[1:] == ['  File "b.py", line 2 in task']
 
 
 class TestWait:

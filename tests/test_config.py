@@ -31,6 +31,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.modules, config.allow_uid, config.allow_gid) == ((), (), ())
     assert config.max_frame == 64 * 1024 * 1024
     assert config.drain_timeout == 10
+    assert (config.term_grace, config.capture) == (0.2, True)
     assert config.stream_expiry == 60
 
 
@@ -113,6 +114,8 @@ def test_a_path_may_be_a_path() -> None:
         ("max_frame", 10),
         ("max_frame", 2**31),
         ("drain_timeout", -1),
+        ("term_grace", -1),
+        ("capture", "perhaps"),
         ("drain_timeout", float("nan")),
         ("drain_timeout", float("inf")),
         ("modules", "app"),

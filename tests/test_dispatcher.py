@@ -28,7 +28,7 @@ FATAL = Failure("task_error", "KeyError: no", "KeyError", None, False)
 
 
 def lost(call: Call) -> WorkerLost:
-    return WorkerLost(f"lost {call.task}", receipt={"attempt": call.attempt - 1})
+    return WorkerLost(f"lost {call.task}", receipt={"attempt": call.attempt})
 
 
 def idle(worker: int) -> Running:
@@ -660,7 +660,7 @@ def test_what_takes_too_much_is_killed_while_it_runs() -> None:
     assert len(looks) == 3
     (outcome,) = dispatcher.worker_lost(1, item.number, lost)
     assert isinstance(outcome.error, TaskError) and outcome.error.type == "MemoryError"
-    assert outcome.error.receipt == {"max_memory": 1000, "taken": 2_500_000}
+    assert outcome.error.receipt == {"attempt": 1, "max_memory": 1000, "taken": 2_500_000}
     assert empty(dispatcher)
 
 
@@ -1281,19 +1281,15 @@ class Machine(RuleBasedStateMachine):
             self.deliver(worker)
         child = self.children.pop(worker)
         running = child.running.call if nonsense is None else nonsense
-        charged: list[Call] = []
-
-        def pay(item: Call) -> WorkerLost:
-            charged.append(item)
-            return lost(item)
-
         item = self.dispatcher.call(child.running.call) if nonsense is None else None
         before = {call: call.crashed for call in self.calls}
         streams = {call for call in self.streamed if self.dispatcher.holder(call.number) == worker}
-        self.take(self.dispatcher.worker_lost(worker, running, pay))
-        assert set(charged) <= {item} | streams
-        assert {call for call in self.calls if call.crashed != before[call]} <= {item} | streams
-        assert not (child.doomed and set(charged) - streams)
+        ended = self.dispatcher.worker_lost(worker, running, lost)
+        self.take(ended)
+        assert all(outcome.error and outcome.error.receipt for outcome in ended)
+        charged = {call for call in self.calls if call.crashed != before[call]}
+        assert charged <= {item} | streams
+        assert not (child.doomed and charged - streams)
         if child.spent:
             self.ready()
 

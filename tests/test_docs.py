@@ -130,6 +130,15 @@ def test_the_pools_in_the_guide_run(tmp_path: Path, name: str, printed: str) -> 
 
 
 @pytest.mark.process
+def test_the_receipt_in_the_guide_is_had(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(block_with("capture=True"))
+    done = run([sys.executable, "-W", "error", str(script)], {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "6 reading a.png\n\nTrue\n", done.stderr
+    assert done.stderr.startswith("reading a.png\nFatal Python error: Aborted\n")
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "start"), [("async def main(", "main()"), ("async def ask(", "ask(os.environ['ACOMM_URL'])")]
 )
@@ -160,7 +169,7 @@ def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, st
 
 @pytest.mark.process
 def test_the_isolated_calls_in_the_guide_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "converts.py").write_text(block_with("def convert"))
+    (tmp_path / "converts.py").write_text(block_with("@task(isolated=True)"))
     monkeypatch.chdir(tmp_path)
     with launch("converts", workers=2) as client:
         assert len({client.call("convert", "a.png") for _ in range(5)}) == 5

@@ -242,7 +242,7 @@ def test_a_worker_starts_clean(watch: Watch) -> None:
     assert state["stdin"] == "/dev/null"
     assert state["sigint"] and state["sigterm"] and state["sigchld"]
     assert state["blocked"] == 0
-    assert state["descriptors"] == 6  # three standard ones, the lifeline, the pipe, and the listing
+    assert state["descriptors"] == 7  # standard ones, faulthandler's, the lifeline, the pipe, the listing
     assert state["main"] is None
     own = int(Path("/proc/self/oom_score_adj").read_text())
     assert state["oom"] == min(1000, own + 500)
@@ -384,7 +384,7 @@ def test_the_lifeline_needs_no_template(folder: Path) -> None:
 
 def test_a_lifeline_that_ended_before_it_was_armed() -> None:
     code = (
-        "import os; from workers.template import arm_lifeline; r, w = os.pipe(); os.close(w); arm_lifeline(r)"
+        "import os; from workers.forked import arm_lifeline; r, w = os.pipe(); os.close(w); arm_lifeline(r)"
     )
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], process_group=0, cwd=root, check=False)

@@ -49,10 +49,16 @@ ACOMM = {
 }
 
 WORKERS = {
+    "ending": 0,
     "errors": 0,
     "interrupts": 0,
-    "lineage": 0,
     "memory": 0,
+    "forked": 0,
+    "lineage": 0,
+    "oomkills": 0,
+    "sinks": 0,
+    "tails": 0,
+    "capture": 1,
     "calls": 1,
     "callkey": 1,
     "config": 1,
@@ -68,7 +74,6 @@ WORKERS = {
     "signature": 1,
     "sourcecode": 1,
     "taskview": 1,
-    "template": 1,
     "lanes": 2,
     "memorylimit": 2,
     "registry": 2,
@@ -76,6 +81,7 @@ WORKERS = {
     "sharing": 2,
     "softlimit": 2,
     "streaming": 2,
+    "template": 2,
     "dispatcher": 3,
     "forkserver": 3,
     "futures": 1,

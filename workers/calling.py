@@ -1,8 +1,11 @@
-"""What `acomm call` does: reads arguments from words, shows progress, copies a stream to its output."""
+"""What `acomm call` does: reads arguments from words, shows progress, copies a stream to its output, and says
+why a call was lost.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,6 +29,16 @@ _ASK = 5.0
 """Seconds for the service to tell its tasks' types. It may be one that has never heard of the question."""
 
 _LOOK = 0.2  # seconds between looks at the progress; the client asks as often
+
+SHOWN_LINES = 10
+"""Lines that are shown of each text in a receipt."""
+
+_LINE = 400  # characters
+
+# Frames below a task's.
+_OURS = re.compile(
+    r'/workers/(worker|pickledworker|forked|template|softlimit)\.py", line \d+ in |File "<string>"'
+)
 
 
 class Arguments:
@@ -213,3 +226,30 @@ def describe(progress: Progress | None) -> str:
     done = f"{progress.done:g}" if progress.total is None else f"{progress.done:g} of {progress.total:g}"
     parts = [progress.state, done if progress.done or progress.total else "", progress.note]
     return printable(" ".join(part for part in parts if part))
+
+
+def shown(receipt: dict[str, Any]) -> list[str]:
+    """The lines of a receipt that tell a person most, each safe to print: where Python was, the last that was
+    printed to stderr. Receipts come over the wire, so anything may be in them.
+    """
+    lines = []
+    dump = receipt.get("dump")
+    if isinstance(dump, str) and dump.strip():
+        lines += ["its stack, the innermost first:", *_indented(_stack(dump)[:SHOWN_LINES])]
+    errors = receipt.get("stderr")
+    if isinstance(errors, str) and errors.strip():
+        lines += ["its last words on stderr:", *_indented(errors.rstrip().split("\n")[-SHOWN_LINES:])]
+    return lines
+
+
+def _stack(dump: str) -> list[str]:
+    """The lines of the thread that a fatal signal hit, or that was asked: faulthandler calls it current."""
+    lines = dump.rstrip().split("\n")
+    first = next((n for n, line in reversed([*enumerate(lines)]) if line.startswith("Current thread")), -1)
+    rest = lines[first + 1 :]
+    end = next((n for n, line in enumerate(rest) if not line.startswith("  ")), len(rest))
+    return [line.strip() for line in rest[:end] if not _OURS.search(line)] or lines
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {printable(line.expandtabs(4), _LINE)}" for line in lines]

@@ -53,6 +53,8 @@ def _fail(error: AcommError, status: int) -> None:
     text = printable(str(error), 2000)
     code = f" [{error.code}]" if error.code not in ("error", "config", "address_in_use") else ""
     click.echo(f"acomm: {text}{code}", err=True)
+    for line in calling.shown(error.receipt or {}):
+        click.echo(line, err=True)
     sys.exit(status)
 
 
@@ -119,6 +121,17 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--max-frame", type=int, metavar="BYTES", help="The largest message.  [default: 64 MiB]")
 @click.option(
     "--drain-timeout", type=float, metavar="SECONDS", help="Time to finish at SIGTERM.  [default: 10]"
+)
+@click.option(
+    "--term-grace",
+    type=float,
+    metavar="SECONDS",
+    help="Time to clean up for a task that is cancelled or too slow.  [default: 0.2]",
+)
+@click.option(
+    "--capture/--no-capture",
+    default=None,
+    help="Tell in the error of a lost call what it printed last.  [default: capture]",
 )
 @click.option(
     "--forward-timeout",

@@ -13,6 +13,7 @@ import msgspec
 from acomm.framing import DEFAULT_MAX_FRAME, LARGEST_MAX_FRAME
 from acomm.socketpath import default_socket
 from acomm.streamsocket import EXPIRY
+from workers.ending import Graces
 from workers.errors import ConfigError, printable
 
 PREFIX = "ACOMM_"
@@ -35,8 +36,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `max_worker_growth` bytes; `socket` is a path; `allow_uid` and `allow_gid` may connect besides us and
     root; `allow_hook` are rules for where hooks and streams may lead besides (see `acomm.egress.Policy`);
     `max_frame` in bytes; `drain_timeout` in seconds, and so is `forward_timeout`, for requests to other
-    services that bring no timeout of their own. `stream_expiry` is for how many seconds a task's stream waits
-    for its reader.
+    services that bring no timeout of their own. `term_grace` is for how many seconds a task may clean up
+    whose time is over, or that is cancelled. With `capture`, receipts tell the last that a lost call printed,
+    and its stdout and stderr are pipes. `stream_expiry` is for how many seconds a task's stream waits for its
+    reader.
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
 
@@ -56,6 +59,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_hook: tuple[str, ...] = ()
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
     drain_timeout: Seconds = 10.0
+    term_grace: Seconds = Graces().term
+    capture: bool = True
     forward_timeout: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 600.0
     stream_expiry: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = EXPIRY
     provider_dir: str | None = None

@@ -80,10 +80,11 @@ class Running(NamedTuple):
 
 
 class Doom(NamedTuple):
-    """A worker to kill, and why."""
+    """A worker to end, and why; without a grace if it takes what others need."""
 
     worker: int
     error: AcommError
+    at_once: bool = False
 
 
 class _Worker:
@@ -276,7 +277,8 @@ class Dispatcher:
 
     def worker_lost(self, id: int, running: int, lost: Callable[[Call], WorkerLost]) -> list[Outcome]:
         """A worker is gone. The call that it ran pays for it; those that waited behind are queued again,
-        in front and uncounted. `lost` makes the error, `running` is the number of the call (0: none).
+        in front and uncounted. One for which the worker was ended gets the receipt. `lost` makes the error,
+        `running` is the number of the call (0: none).
         """
         worker = self._workers.pop(id, None)
         if worker is None:
@@ -295,6 +297,7 @@ class Dispatcher:
             doom = worker.doomed.get(number)
             if doom is not None:
                 # Even if it has just ended: its answer is lost, and it is not to run again.
+                doom.receipt = {**(lost(call).receipt or {}), **(doom.receipt or {})}
                 outcomes.append(self._settle(call, None, doom))
             elif (number != running or worker.doomed) and not call.streaming:
                 # Waited behind, or started in the moment in which we killed the worker for another.
@@ -312,10 +315,11 @@ class Dispatcher:
 
     def _crashed(self, call: Call, lost: Callable[[Call], WorkerLost]) -> Outcome | None:
         """The outcome of a call whose worker died; None if it is to be tried again."""
-        call.crashed += 1
-        if call.crashed <= call.crashes and not call.streaming:
+        if call.crashed < call.crashes and not call.streaming:
+            call.crashed += 1
             return None
         error: AcommError = lost(call)
+        call.crashed += 1
         if call.crashes and not call.streaming:
             error = Poisoned(f"{error} (worker {call.crashed} that it killed)", receipt=error.receipt)
         return self._settle(call, None, error)
@@ -564,7 +568,7 @@ class Dispatcher:
             if call.max_memory is not None and not given_up:
                 size = taken(worker.id, call.max_memory) if runs.call == number else 0
                 if size > call.max_memory:
-                    return self._doom(worker, number, _out_of_memory(call, size))
+                    return self._doom(worker, number, _out_of_memory(call, size))._replace(at_once=True)
                 due = min(due, now + MEMORY_CHECK)
             self._limits.set(number, due)
             return None

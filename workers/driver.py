@@ -419,7 +419,7 @@ class Driver:
         killed = call in self._killed
         self._killed.discard(call)
         if killed and isinstance(error, CallCancelled):
-            return CallCancelled(f"the call of {call.task} was killed")
+            return CallCancelled(f"the call of {call.task} was killed", receipt=error.receipt)
         if isinstance(error, WorkerLost):
             lost = CallLost if self._pool.failure is None else BrokenPool
             return lost(error.message, receipt=error.receipt)

@@ -53,7 +53,8 @@ class PoolExecutor(concurrent.futures.Executor):
     `max_tasks_per_child` calls, and a worker is replaced. With `min_workers` so many start, more while calls
     would wait long, and those go again that have nothing to do. `preload` are modules that are imported once,
     before workers are forked, which saves each of them time and memory. `mp_context` is accepted for programs
-    that are written for the standard library's, and has no effect.
+    that are written for the standard library's, and has no effect. With `capture`, the receipt of a call that
+    is lost or killed tells what it printed; what workers print then comes by a pipe, maybe after the result.
 
     Large arguments and results lie in shared memory, at most `shared_memory` bytes of it: half is for
     arguments, a worker's equal share of the other half for its results. What finds no room there travels as
@@ -73,6 +74,7 @@ class PoolExecutor(concurrent.futures.Executor):
         min_workers: int | None = None,
         preload: Iterable[str] = (),
         shared_memory: int | None = None,
+        capture: bool = False,
     ) -> None:
         if pickledworker.within:
             raise RuntimeError("a worker of a PoolExecutor cannot have a PoolExecutor of its own")
@@ -106,6 +108,7 @@ class PoolExecutor(concurrent.futures.Executor):
             target=pickledworker.TARGET,
             setup=setup,
             max_tasks_per_child=max_tasks_per_child,
+            capture=capture,
         )
         self._max_tasks = max_tasks_per_child
         self._max_workers = max_workers  # joblib and others look at it
@@ -177,7 +180,7 @@ class PoolExecutor(concurrent.futures.Executor):
         return mapping.results(end, _held(self, calls) if buffersize else calls, buffersize)
 
     def kill(self, future: concurrent.futures.Future[Any]) -> bool:
-        """End the call of `future`: one that waits is cancelled, one that runs is killed with its worker, and
+        """End the call of `future`: one that waits is cancelled, one that runs is ended with its worker, and
         its future then has CallCancelled, unless it ends first. False if it has ended already.
         """
         if not isinstance(future, Future):

@@ -25,6 +25,9 @@ that a pid is still the worker's, so only there is no moment at which the number
 That costs a message, about 0.1 ms, or the rest of a fork in progress. The template also kills the group of
 every worker that dies by itself, before it reaps the leader, and descendants that left the group.
 
+A worker that is *ended* (`end`) is asked first where it is and to stop (`workers.ending`). What workers print
+goes through the template, too (`workers.capture`).
+
 If the template dies, nobody can tell how the workers fare. `Gone` is reported, and everything that
 it started is killed: the groups by the lifeline, the rest by a mark in the environment. Start another one.
 
@@ -53,6 +56,8 @@ from io import FileIO
 from types import TracebackType
 
 from workers import lineage, template
+from workers.ending import Graces
+from workers.tails import Said, unpack
 
 __all__ = ["Event", "Exited", "Failed", "ForkFailed", "ForkServer", "Forked", "Gone", "Ready"]
 
@@ -91,7 +96,8 @@ class Exited:
     """The worker is dead and reaped.
 
     `status` is the exit code, or minus the signal; `max_rss` its peak resident bytes (at least the
-    template's); `cpu` user and system seconds. Both include subprocesses that it waited for.
+    template's); `cpu` user and system seconds. Both include subprocesses that it waited for. `said` is the
+    last of what it printed, and faulthandler's words; `oom` whether it was likely the kernel's OOM killer.
     """
 
     token: int
@@ -99,6 +105,8 @@ class Exited:
     status: int
     max_rss: int
     cpu: float
+    said: tuple[Said, ...] = ()
+    oom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +129,24 @@ class ForkServer:
     `function(config, fds)`. Its return exits 0, an exception prints a traceback and exits 1, `sys.exit`
     does as usual. Functions that the worker itself registered with `atexit` run; threads are not joined.
     `paths` come before this process's `sys.path`; files and folders in `cleanup` are removed at the end.
+    What workers print is passed on to our stdout and stderr by the template, which keeps the last of it for
+    `Exited.said`; with `capture` False it goes there straight.
     """
 
     def __init__(
-        self, preload: Sequence[str], *, paths: Sequence[str] = (), target: str, cleanup: Sequence[str] = ()
+        self,
+        preload: Sequence[str],
+        *,
+        paths: Sequence[str] = (),
+        target: str,
+        cleanup: Sequence[str] = (),
+        capture: bool = True,
     ) -> None:
         self._preload = [str(name) for name in preload]
         self._paths = [os.fspath(path) for path in paths]
         self._target = target
         self._cleanup = [os.path.abspath(path) for path in cleanup]
+        self._capture = capture
         self._server = uuid.uuid4().hex[:16]
         self._state = "new"
         self._live: dict[int, int] = {}  # pid -> token
@@ -176,7 +193,15 @@ class ForkServer:
 
     def _launch(self, sock_fd: int, lifeline: int) -> subprocess.Popen[bytes]:
         path = [*self._paths, *(entry or os.getcwd() for entry in sys.path)]
-        arguments = (sock_fd, lifeline, self._server, self._target, self._preload, self._cleanup)
+        arguments = (
+            sock_fd,
+            lifeline,
+            self._server,
+            self._target,
+            self._preload,
+            self._cleanup,
+            self._capture,
+        )
         code = f"import sys; sys.path[:] = {path!r}; from workers.template import main; main(*{arguments!r})"
         flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         return subprocess.Popen(
@@ -217,6 +242,15 @@ class ForkServer:
         if pid not in self._live or self._state != "running":
             return False
         self._send(template.COMMAND.pack(template.KILL, pid, sig, 0), [])
+        return True
+
+    def end(self, pid: int, graces: Graces) -> bool:
+        """Have a worker write its stack, for `Exited.said`, and then exit; killed if that takes longer than
+        `graces`. False if `pid` is no worker that is known to live. `kill` is still possible.
+        """
+        if pid not in self._live or self._state != "running":
+            return False
+        self._send(template.COMMAND.pack(template.END, pid, 0, 0) + template.GRACES.pack(*graces), [])
         return True
 
     def fileno(self) -> int:
@@ -266,7 +300,8 @@ class ForkServer:
 
     def _decode(self, data: bytes) -> Event:
         kind, token, pid, status, max_rss, cpu = template.EVENT.unpack_from(data)
-        text = data[template.EVENT.size :].decode("utf-8", "replace")
+        tail = data[template.EVENT.size :]
+        text = "" if kind == template.EXITED else tail.decode("utf-8", "replace")
         match kind:
             case template.READY:
                 return Ready()
@@ -275,7 +310,7 @@ class ForkServer:
                 return Forked(token, pid)
             case template.EXITED:
                 self._live.pop(pid, None)
-                return Exited(token, pid, status, max_rss, cpu)
+                return Exited(token, pid, status, max_rss, cpu, unpack(tail[1:]), bool(tail[0]))
             case template.FORK_FAILED:
                 return ForkFailed(token, text)
             case _:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from workers.calls import Failure
 from workers.errors import AcommError
+from workers.forked import Terminated, end_copy
 from workers.pickling import (
     MAX_CALL,
     PROTOCOL,
@@ -28,7 +29,6 @@ from workers.pickling import (
     outcome,
 )
 from workers.segments import Place, Reader
-from workers.template import end_copy
 from workers.worker import failure_of
 
 LATE = 0.005
@@ -86,8 +86,7 @@ def run_one(function: bytes, fresh: bool, args: tuple[Any, ...]) -> Answer:
         if os.getpid() != pid:
             end_copy(None)
     except BaseException as error:
-        if os.getpid() != pid:
-            end_copy(error)
+        _pass_on(error, pid)
         errors[0] = _dump_error(error)
     return Answer([value], None, errors, time.monotonic() - begun, 0)
 
@@ -116,8 +115,7 @@ def run_part(function: bytes, fresh: bool, packed: bytes) -> Answer:
             if os.getpid() != pid:
                 end_copy(None)
         except BaseException as error:  # SystemExit too: an item ends itself, never its worker
-            if os.getpid() != pid:
-                end_copy(error)
+            _pass_on(error, pid)
             errors[len(values)] = _dump_error(error)
         values.append(value)
     mark(len(values) + 1)
@@ -130,12 +128,19 @@ def run_part(function: bytes, fresh: bool, packed: bytes) -> Answer:
         try:
             answers.append(dump_result(value, MAX_CALL, None))
         except BaseException as error:
-            if os.getpid() != pid:
-                end_copy(error)
+            _pass_on(error, pid)
             answers.append(None)
             errors[position] = _dump_error(error)
     size = sum(len(data) for data in answers if data is not None)
     return Answer(None, answers, errors, time.monotonic() - begun, size)
+
+
+def _pass_on(error: BaseException, pid: int) -> None:
+    """What is not the item's: the end of a copy of the worker, and the end of the worker."""
+    if os.getpid() != pid:
+        end_copy(error)
+    if isinstance(error, Terminated):
+        raise error
 
 
 _known: tuple[bytes, Any] = b"", None

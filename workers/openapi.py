@@ -45,7 +45,10 @@ _ERROR = {
                 "message": {"type": "string"},
                 "type": {"type": "string", "description": "The class that the task raised."},
                 "traceback": {"type": "string"},
-                "receipt": {"type": "object", "description": "What is known of a worker's death."},
+                "receipt": {
+                    "type": "object",
+                    "description": "What is known of the end of the worker, and of the call in it.",
+                },
                 "retry_after": {"type": "number", "description": "Seconds."},
             },
         }

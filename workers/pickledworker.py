@@ -20,12 +20,12 @@ from workers import mapped
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
 from workers.exchange import number_of
+from workers.forked import Terminated, end_copy
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
 from workers.registry import Registry
 from workers.scoreboard import SlotWriter
 from workers.segments import Arena, Reader
 from workers.streaming import Place
-from workers.template import end_copy
 from workers.worker import Settings, Worker, failure_of, serve
 
 TARGET = "workers.pickledworker:main"
@@ -125,6 +125,8 @@ class PickledWorker(Worker):
         except BaseException as error:  # SystemExit too: a call ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)
+            if isinstance(error, Terminated):
+                raise
             if isinstance(error, TooLarge):
                 return Answer(job.number, 0.0, None, Failure(error.code, error.message))
             error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # our own frame

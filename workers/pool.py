@@ -32,6 +32,7 @@ import zmq
 
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
 from workers.dispatcher import Dispatcher, Doom, Running
+from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.exchange import Exchange
 from workers.memory import Gauges
@@ -99,8 +100,10 @@ class Pool:
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never).
-    `target` is what a worker runs, and `setup` is for workers of another kind than ours.
+    `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never). One
+    whose call has passed its limit, or is cancelled, gets `graces` to end. With `capture`, receipts tell what
+    workers printed, which a template passes on. `target` is what a worker runs, and `setup` is for workers of
+    another kind than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up. `exchange`,
     if set before the start, gives the workers descriptors of shared memory, and is told whose is free.
@@ -124,6 +127,8 @@ class Pool:
         max_worker_growth: int | None = None,
         target: str = "workers.worker:main",
         setup: bytes = b"",
+        graces: Graces | None = None,
+        capture: bool = True,
     ) -> None:
         if workers < 1:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
@@ -156,6 +161,8 @@ class Pool:
             fds=self._fds,
             on_ready=self._worker_ready,
             on_death=self._worker_died,
+            graces=graces or Graces(),
+            capture=capture,
         )
         self.max_worker_growth = max_worker_growth
         self._gauges = Gauges()
@@ -291,7 +298,7 @@ class Pool:
         return self.dispatcher.submit(call)
 
     def cancel(self, number: int) -> Outcome | None:
-        """Give up a call; a running one is killed, and its outcome comes later."""
+        """Give up a call; the worker of a running one is ended, and its outcome comes later."""
         now = time.monotonic()
         what = self.dispatcher.cancel(number, now, self._running_of(number))
         if isinstance(what, Doom):
@@ -557,7 +564,10 @@ class Pool:
         worker = self._processes.get(doom.worker)
         if worker is not None:
             worker.stopping = True
-            self._kill(worker)
+            if doom.at_once:
+                self._kill(worker)
+            elif self._processes.end(worker):
+                self.dispatcher.retire(worker.token)
 
     def _kill(self, worker: Worker) -> None:
         if self._processes.kill(worker):

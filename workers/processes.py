@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from workers.calls import UNFIT
+from workers.ending import Graces
 from workers.forkserver import Exited, Failed, Forked, ForkFailed, ForkServer, Gone
 from workers.restarts import RestartBudget
 from workers.scoreboard import Scoreboard, Slot
+from workers.tails import Said
 
 START_TIMEOUT = 60.0
 """Seconds from fork to READY; a worker that takes longer is killed and counted as dead."""
@@ -33,11 +35,12 @@ class Worker:
     """A worker process, from the wish for one until its death is settled.
 
     `status` is None while it lives, then its exit code (below 0: the signal); `running` is what its slot of
-    the scoreboard said when it died.
+    the scoreboard said when it died, `said` the last of what it printed, `oom` whether it was likely the
+    kernel's OOM killer.
     """
 
-    __slots__ = ("cpu", "finished", "identity", "killed", "max_rss", "peer_pid", "pid", "ready", "running",
-                 "since", "slot", "status", "stopping", "token")  # fmt: skip
+    __slots__ = ("cpu", "ended", "finished", "identity", "killed", "max_rss", "oom", "peer_pid", "pid",
+                 "ready", "running", "said", "since", "slot", "status", "stopping", "token")  # fmt: skip
 
     def __init__(self, token: int, slot: int, now: float) -> None:
         self.token = token
@@ -50,10 +53,13 @@ class Worker:
         self.finished = 0
         self.stopping = False
         self.killed = False
+        self.ended = False
         self.status: int | None = None
         self.running = Slot(0, 0.0, 0.0, 0.0)
         self.max_rss = 0
         self.cpu = 0.0
+        self.said: tuple[Said, ...] = ()
+        self.oom = False
 
     def __repr__(self) -> str:
         return f"<Worker {self.pid} of slot {self.slot}, status {self.status}>"
@@ -63,6 +69,8 @@ class Processes:
     """Worker processes, `wanted` of them and `size` at most, that run `target` with what `settings(worker)`
     gives, forked from a template that has imported `preload`; `paths` go before `sys.path` there, and
     `cleanup` is removed at the end. `fds(worker)` are descriptors that it gets after the scoreboard's.
+
+    `graces` are what a worker gets that is ended for its call; `capture` is ForkServer's.
 
     `failure` is set when there can be no worker: the modules cannot be imported, or it cannot be set up.
     """
@@ -79,6 +87,8 @@ class Processes:
         fds: Callable[[Worker], Sequence[int]],
         on_ready: Callable[[Worker], None],
         on_death: Callable[[Worker], None],
+        graces: Graces,
+        capture: bool,
     ) -> None:
         self.size = size
         self.wanted = wanted
@@ -92,6 +102,8 @@ class Processes:
         self._fds = fds
         self._on_ready = on_ready
         self._on_death = on_death
+        self._graces = graces
+        self._capture = capture
         self._budget = RestartBudget(max(10, 5 * size))
         self._workers: dict[int, Worker] = {}
         self._by_identity: dict[bytes, Worker] = {}
@@ -212,6 +224,14 @@ class Processes:
         self._forkserver.kill(worker.pid)
         return True
 
+    def end(self, worker: Worker) -> bool:
+        """Have it ended in steps, within the graces (`workers.ending`); False as with `kill`."""
+        if worker.status is not None or not worker.pid or worker.killed or worker.ended:
+            return False
+        worker.ended = True
+        self._forkserver.end(worker.pid, self._graces)
+        return True
+
     def forget(self, worker: Worker) -> None:
         """Its death is settled."""
         del self._workers[worker.token], self._by_identity[worker.identity]
@@ -220,7 +240,11 @@ class Processes:
 
     def _launch(self, now: float) -> None:
         self._forkserver = ForkServer(
-            self._preload, paths=self._paths, target=self._target, cleanup=self._cleanup
+            self._preload,
+            paths=self._paths,
+            target=self._target,
+            cleanup=self._cleanup,
+            capture=self._capture,
         )
         self._forkserver.start()
         self._poller.register(self._forkserver.fileno(), select.EPOLLIN)
@@ -252,8 +276,11 @@ class Processes:
                     worker = self._workers[token]
                     worker.pid, worker.since = pid, now
                     self._try_ready(worker)
-                case Exited(token, _, status, max_rss, cpu):
-                    self._died(self._workers[token], status, now, max_rss, cpu)
+                case Exited(token, _, status):
+                    worker = self._workers[token]
+                    worker.max_rss, worker.cpu = event.max_rss, event.cpu
+                    worker.said, worker.oom = event.said, event.oom
+                    self._died(worker, status, now)
                 case ForkFailed(token, _):
                     self._died(self._workers[token], 1, now)
                 case Failed(message, _):
@@ -277,8 +304,8 @@ class Processes:
         self._budget.note(now)
         self._relaunch = now + self._budget.pause(now)
 
-    def _died(self, worker: Worker, status: int, now: float, max_rss: int = 0, cpu: float = 0.0) -> None:
-        self._bury(worker, status, max_rss, cpu)
+    def _died(self, worker: Worker, status: int, now: float) -> None:
+        self._bury(worker, status)
         if status == UNFIT and not worker.ready and self.failure is None:
             self.failure = "a worker could not be set up"
         leaving = self._leaving.pop(worker.token, None)
@@ -298,9 +325,9 @@ class Processes:
         else:
             self._fork(worker.slot, now)
 
-    def _bury(self, worker: Worker, status: int, max_rss: int = 0, cpu: float = 0.0) -> None:
+    def _bury(self, worker: Worker, status: int) -> None:
         worker.running = self._scoreboard.read(worker.slot)
-        worker.status, worker.max_rss, worker.cpu = status, max_rss, cpu
+        worker.status = status
         if not worker.ready:
             self.starting -= 1
         self._on_death(worker)

@@ -1,4 +1,8 @@
-"""What is known of a death: the WorkerLost of the call that paid for it, with its receipt."""
+"""What is known of a death: the WorkerLost of the call that paid for it, with its receipt.
+
+All of a receipt is bounded: the texts in it are the last `workers.tails.TAIL` bytes. They are as they were
+written, control characters included; whoever prints them escapes those.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,15 @@ from typing import Any
 from workers.calls import Call
 from workers.errors import WorkerLost, printable
 from workers.processes import Worker
+from workers.tails import DUMP, STDERR, STDOUT, text_since
 
 
 def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:
-    """The error of `call`, which a dead `worker` ran; `now` is about when that was."""
+    """The error of `call`, which a dead `worker` ran; `now` is about when that was.
+
+    What the worker printed is what was read since the call began. That is some moments after it was written,
+    so the last words of a call just before may be in it, never those of one that had ended earlier.
+    """
     status = worker.status or 0
     if status < 0:
         try:
@@ -23,7 +32,7 @@ def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:
     receipt: dict[str, Any] = {
         "pid": worker.pid,
         "task": call.task,
-        "attempt": call.attempt - 1,
+        "attempt": call.attempt,
         "signal": -status if status < 0 else None,
         "exit_status": status if status >= 0 else None,
         "ran_seconds": round(max(now - worker.running.started, 0.0), 6),
@@ -35,4 +44,10 @@ def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:
         receipt["progress"] = {"done": worker.running.done, "total": worker.running.total}
         if worker.running.note:
             receipt["progress"]["note"] = printable(worker.running.note)
+    if worker.oom:
+        receipt["oom_killer"] = "likely"
+        how += ", likely by the kernel for want of memory,"
+    for name, stream in (("dump", DUMP), ("stdout", STDOUT), ("stderr", STDERR)):
+        if text := text_since(worker.said, stream, worker.running.started):
+            receipt[name] = text
     return WorkerLost(f"worker {worker.pid} {how} while it ran task {call.task}", receipt=receipt)

@@ -28,7 +28,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     """The call that a task runs now.
 
     `cancelled` turns true when nobody wants the rest of a stream any more: its consumer has left, and the
-    call should end. Any other call that is cancelled is killed, without a chance to look.
+    call should end. In any other call that is cancelled, SystemExit is raised.
     """
 
     _job: Job

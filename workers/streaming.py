@@ -30,7 +30,7 @@ from acomm import streamsocket, urls
 from acomm.jsontext import encode
 from acomm.streamsocket import ACCEPT_PAUSE, CHUNK, EXPIRY
 from workers.errors import CallCancelled, CallTimeout, ConfigError
-from workers.template import end_copy
+from workers.forked import end_copy
 
 log = logging.getLogger("acomm.streams")
 

@@ -37,6 +37,7 @@ from acomm.urls import unix_path, unix_url
 from workers import service
 from workers.calls import Call, Outcome
 from workers.config import Config
+from workers.ending import Graces
 from workers.errors import (
     BadRequest,
     Busy,
@@ -109,6 +110,8 @@ class Supervisor:
             url=unix_url(os.path.abspath(self.config.socket)),
             max_tasks_per_child=self.config.max_tasks_per_child,
             max_worker_growth=self.config.max_worker_growth,
+            graces=Graces(term=self.config.term_grace),
+            capture=self.config.capture,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)

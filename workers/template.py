@@ -1,8 +1,8 @@
 """The template process: preload once, fork workers on command, bury them.
 
 It runs in a process of its own, started by `workers.forkserver`, which has the picture of the actors.
-Single-threaded: one `poll` on the socket to the parent and on the signal wake-up pipe. It imports
-little, as everything that it imports is in every worker.
+Single-threaded: one `poll` on the socket to the parent, on the signal wake-up pipe, and on what workers
+print (`workers.capture`). It imports little, as everything that it imports is in every worker.
 
 Whose orphan is it? A descendant of a worker that left the worker's process group (`setsid`) is not hit by
 a kill of the group. The template is a subreaper, so such a process becomes its child as soon as its own
@@ -15,9 +15,7 @@ of any worker after that.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import errno
-import faulthandler
 import fcntl
 import gc
 import importlib
@@ -27,22 +25,32 @@ import signal
 import socket
 import struct
 import sys
+import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
+from workers import forked
+from workers.capture import Capture, Outputs
+from workers.ending import Ending, Graces
 from workers.lineage import Mark
+from workers.oomkills import OomKills
 
 COMMAND = struct.Struct("=BqiH")
 """Parent to template: kind, token or pid, signal, number of descriptors; the config bytes follow."""
 
-FORK, FORK_MEMFD, KILL = range(3)
-"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor."""
+FORK, FORK_MEMFD, KILL, END = range(4)
+"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES."""
+
+GRACES = struct.Struct("=dd")
 
 EVENT = struct.Struct("=BqiiQd")
-"""Template to parent: kind, token, pid, status, max RSS, CPU seconds; UTF-8 text follows."""
+"""Template to parent: kind, token, pid, status, max RSS, CPU seconds; UTF-8 text follows, or for EXITED one
+byte, whether it was the OOM killer, and what the worker said (`workers.tails.pack`).
+"""
 
 READY, FORKED, EXITED, FAILED, FORK_FAILED = range(5)
 """Kinds of event."""
@@ -56,49 +64,74 @@ MAX_FDS = 250
 STOP_PATIENCE = 5.0
 """Seconds that a stopping template waits for killed processes (one in a stuck disk wait cannot die)."""
 
+_FLUSH_PATIENCE = 1.0
+"""Seconds that a stopping template gives each reader of what workers have printed to take the rest."""
+
 _QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Blocked in the template, as only the end of its socket ends it: a terminal, or a service manager that
 signals all processes of a service, must not take the workers away from a parent that drains."""
 
-_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-Target = Callable[[bytes, "list[int]"], object]
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(
-    sock_fd: int, lifeline: int, server: str, target: str, preload: Sequence[str], cleanup: Sequence[str]
+    sock_fd: int,
+    lifeline: int,
+    server: str,
+    target: str,
+    preload: Sequence[str],
+    cleanup: Sequence[str],
+    capture: bool,
 ) -> NoReturn:
     """Run the template until its parent is gone. Entry point of the child interpreter."""
-    template = Template(socket.socket(fileno=sock_fd), lifeline, server, cleanup)
+    template = Template(socket.socket(fileno=sock_fd), lifeline, server, cleanup, capture)
     if template.preload(preload, target):
         template.run()
     template.stop()
 
 
+class _Worker:
+    """A worker that is not reaped. `struck` is whether it was sent SIGKILL from here."""
+
+    __slots__ = ("capture", "ending", "serial", "struck", "token")
+
+    def __init__(self, token: int, serial: int, capture: Capture) -> None:
+        self.token = token
+        self.serial = serial
+        self.capture = capture
+        self.ending: Ending | None = None
+        self.struck = False
+
+
 class Template:
     """The loop of the template process, and what it knows of its workers."""
 
-    def __init__(self, sock: socket.socket, lifeline: int, server: str, cleanup: Sequence[str]) -> None:
+    def __init__(
+        self, sock: socket.socket, lifeline: int, server: str, cleanup: Sequence[str], capture: bool
+    ) -> None:
         self._sock = sock
         self._lifeline = lifeline
         self._mark = Mark(server)
         self._cleanup = cleanup
-        self._workers: dict[int, tuple[int, int]] = {}  # pid -> token, serial
+        self._workers: dict[int, _Worker] = {}  # by pid
+        self._ending: set[int] = set()  # the pids of those that have something to come
         self._serial = 0
         self._kept: frozenset[int] = frozenset()
         self._outbox: deque[bytes] = deque()
-        self._target: Target | None = None
+        self._target: forked.Target | None = None
         self._handled: list[int] = []  # signals that have a Python handler
         self._wake_read, self._wake_write = os.pipe()
+        self._poller = select.poll()
+        self._poller.register(self._wake_read, select.POLLIN)
+        self._outputs = Outputs(self._poller, capture)
+        self._oom_kills = OomKills()
         sock.setblocking(False)
         for fd in (sock.fileno(), lifeline):
             os.set_inheritable(fd, False)
         for fd in (self._wake_read, self._wake_write):
             os.set_blocking(fd, False)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        _set_name("acomm-template")
+        forked.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        forked.set_name("acomm-template")
         signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)
 
     # -- start
@@ -131,7 +164,7 @@ class Template:
             n for n in signal.valid_signals() if callable(signal.getsignal(n)) and n != signal.SIGINT
         ]
         _quiet_fork_warning()
-        _flush()
+        forked.flush()
         gc.collect()
         gc.disable()  # until a worker enables it: a collection here would only unshare pages
         gc.freeze()
@@ -150,16 +183,24 @@ class Template:
 
     def run(self) -> None:
         """Serve until the socket to the parent ends."""
-        poller = select.poll()
-        poller.register(self._wake_read, select.POLLIN)
         while True:
-            poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-            poller.poll()
+            self._poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+            ready = self._poller.poll(self._patience())
+            self._outputs.events(ready, time.monotonic())
             if not self._receive():
                 return
+            if self._ending:
+                self._step_endings(time.monotonic())
             self._reap()
             if not self._flush_outbox():
                 return
+
+    def _patience(self) -> float | None:
+        """Milliseconds to wait for events; None: any time."""
+        times = [ending.due for pid in self._ending if (ending := self._workers[pid].ending)]
+        times.append(self._outputs.due)
+        due = min((when for when in times if when is not None), default=None)
+        return None if due is None else max(0.0, due - time.monotonic()) * 1000
 
     def _receive(self) -> bool:
         """Do one command, if there is one; False at the end of the socket."""
@@ -180,6 +221,8 @@ class Template:
         try:
             if kind == KILL:
                 self._kill(number, sig)
+            elif kind == END:
+                self._end(number, Graces(*GRACES.unpack_from(data, COMMAND.size)))
             elif len(fds) != fd_count:
                 self._send(FORK_FAILED, number, text="descriptors were lost on the way: too many open files")
             else:
@@ -195,24 +238,55 @@ class Template:
 
     def _fork(self, token: int, config: bytes, fds: list[int]) -> None:
         self._serial += 1
+        capture = None
         try:
+            capture = self._outputs.open()
             pid = os.fork()
         except OSError as error:
+            if capture is not None:
+                capture.close()
             code = errno.errorcode.get(error.errno or 0, str(error.errno))
             self._send(FORK_FAILED, token, text=f"fork: {code}: {error.strerror}")
             return
         if pid == 0:
-            self._be_worker(config, fds)
+            assert self._target is not None
+            forked.become(partial(self._settle, capture), self._target, config, fds)
         with suppress(OSError):  # also done by the child; whoever is first
             os.setpgid(pid, pid)
-        self._workers[pid] = (token, self._serial)
+        self._workers[pid] = _Worker(token, self._serial, capture)
+        self._outputs.watch(capture)
+        self._oom_kills.look()  # what was before is no death of this one
         self._send(FORKED, token, pid)
 
     def _kill(self, pid: int, sig: int) -> None:
         # A pid in the table is not reaped, so the number cannot have been given to another process.
-        if pid in self._workers:
+        worker = self._workers.get(pid)
+        if worker is not None:
+            worker.struck |= sig == signal.SIGKILL
             with suppress(OSError):
                 os.killpg(pid, sig)
+
+    def _end(self, pid: int, graces: Graces) -> None:
+        worker = self._workers.get(pid)
+        if worker is not None and worker.ending is None:
+            worker.ending = Ending(graces, time.monotonic())
+            worker.capture.want_dump()
+            self._ending.add(pid)
+
+    def _step_endings(self, now: float) -> None:
+        for pid in list(self._ending):
+            worker = self._workers[pid]
+            assert worker.ending is not None
+            # When the stack is on its way, who handles SIGTERM does so behind it; others would die half-way.
+            dumped = partial(_catches_term, pid) if worker.capture.dumped else bool
+            while (sig := worker.ending.step(now, dumped)) is not None:
+                if sig == signal.SIGUSR1:  # its subprocesses would die of it
+                    with suppress(OSError):
+                        os.kill(pid, sig)
+                else:
+                    self._kill(pid, sig)
+            if worker.ending.due is None:
+                self._ending.discard(pid)
 
     def _reap(self) -> None:
         """Report dead workers, and kill what they left behind."""
@@ -224,19 +298,23 @@ class Template:
             died = True
             worker = self._workers.pop(pid, None)
             if worker:
+                self._ending.discard(pid)
                 with suppress(OSError):  # before the pid is free: it is the id of the group, too
                     os.killpg(pid, signal.SIGKILL)
             _, status, usage = os.wait4(pid, 0)
             if worker:
-                exits.append((worker[0], pid, os.waitstatus_to_exitcode(status), usage))
+                exits.append((worker, pid, os.waitstatus_to_exitcode(status), usage))
         if died:
             self._kill_orphans()
-        for token, pid, code, usage in exits:
+        struck = [code == -signal.SIGKILL and not worker.struck for worker, _, code, _ in exits]
+        oom = any(struck) and self._oom_kills.look()
+        for (worker, pid, code, usage), by_others in zip(exits, struck, strict=True):
             cpu = usage.ru_utime + usage.ru_stime
-            self._send(EXITED, token, pid, code, usage.ru_maxrss * 1024, cpu)
+            tail = bytes([oom and by_others]) + self._outputs.bury(worker.capture)
+            self._send(EXITED, worker.token, pid, code, usage.ru_maxrss * 1024, cpu, tail=tail)
 
     def _kill_orphans(self) -> None:
-        owners = {serial for _, serial in self._workers.values()}
+        owners = {worker.serial for worker in self._workers.values()}
         for pid in _children():
             if pid not in self._workers and pid not in self._kept and self._mark.owner(pid) not in owners:
                 with suppress(OSError):
@@ -253,8 +331,9 @@ class Template:
         rss: int = 0,
         cpu: float = 0.0,
         text: str = "",
+        tail: bytes = b"",
     ) -> None:
-        tail = text.encode("utf-8", "replace")[: MAX_MESSAGE // 2]
+        tail = tail or text.encode("utf-8", "replace")[: MAX_MESSAGE // 2]
         self._outbox.append(EVENT.pack(kind, token, pid, status, rss, cpu) + tail)
         self._flush_outbox()
 
@@ -274,7 +353,6 @@ class Template:
     def stop(self) -> NoReturn:
         """Kill every descendant, remove the cleanup paths, exit."""
         import shutil
-        import time
 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
@@ -295,6 +373,7 @@ class Template:
             while (pid_dead := _next_dead()) is not None:
                 self._workers.pop(pid_dead, None)
                 os.waitpid(pid_dead, 0)
+        self._outputs.finish(_FLUSH_PATIENCE)
         for path in self._cleanup:
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -302,99 +381,19 @@ class Template:
                 with suppress(OSError):
                     os.unlink(path)
         atexit._run_exitfuncs()
-        _flush()
+        forked.flush()
         os._exit(0)
 
     # -- the worker's side of the fork
 
-    def _be_worker(self, config: bytes, fds: list[int]) -> NoReturn:
-        code = 1
-        try:
-            self._settle()
-            assert self._target is not None
-            code = _call(self._target, config, fds)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            _flush()
-            os._exit(code)
-
-    def _settle(self) -> None:
-        """Turn the forked copy of the template into a worker."""
-        with suppress(OSError):
-            os.setpgid(0, 0)
-        arm_lifeline(self._lifeline)
-        for number in self._handled:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.set_wakeup_fd(-1)
+    def _settle(self, capture: Capture) -> None:
+        """Leave what is the template's alone."""
+        forked.settle(self._lifeline, self._handled, capture.adopt())
+        self._outputs.leave()
         for fd in (self._lifeline, self._wake_read, self._wake_write):
             os.close(fd)
         self._sock.close()
-        _set_name("acomm-worker")
         self._mark.sign(self._serial)
-        with suppress(OSError), open("/proc/self/oom_score_adj", "r+") as file:
-            score = int(file.read())
-            file.seek(0)
-            file.write(str(min(1000, score + 500)))
-        with suppress(OSError, ValueError, RuntimeError):
-            faulthandler.enable(file=2)
-            faulthandler.register(signal.SIGUSR1, file=2, chain=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        atexit._clear()  # what preloaded modules registered is for the template's end, not for each worker's
-        if numpy_random := sys.modules.get("numpy.random"):  # `random` reseeds itself after a fork
-            numpy_random.seed()
-        gc.enable()
-
-
-def arm_lifeline(fd: int) -> None:
-    """Have the kernel SIGKILL this process group when the last write end of the pipe `fd` is closed.
-
-    The signal settings belong to the open file description, so it is opened anew: one a worker. It is
-    sent by the kernel (fcntl(2): O_ASYNC, F_SETSIG), which needs no bytecode to run here.
-    """
-    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK)
-    fcntl.fcntl(own, fcntl.F_SETOWN, -os.getpgrp())
-    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(own, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    if poller.poll(0):  # it ended before it was armed
-        os.killpg(0, signal.SIGKILL)
-
-
-def _call(target: Target, config: bytes, fds: list[int]) -> int:
-    """Run the target and its exit functions; the exit code. Threads are not joined: they must not hold us."""
-    code = 0
-    try:
-        target(config, fds)
-    except BaseException as error:
-        code = _exit_code(error)
-    atexit._run_exitfuncs()
-    return code
-
-
-def _exit_code(error: BaseException) -> int:
-    """What the interpreter makes of an exception that nobody catches."""
-    if not isinstance(error, SystemExit):
-        sys.excepthook(type(error), error, error.__traceback__)
-        return 1
-    if error.code is None or isinstance(error.code, int):
-        return (error.code or 0) & 0xFF
-    print(error.code, file=sys.stderr)
-    return 1
-
-
-def end_copy(error: BaseException | None) -> NoReturn:
-    """End a process that a task has forked, and that has come out of the task like its original, with `error`
-    or without. It holds the worker's socket and must not go on as a second worker.
-    """
-    code = 1
-    try:
-        code = 0 if error is None else _exit_code(error)
-    finally:
-        _flush()
-        os._exit(code)
 
 
 def _next_dead() -> int | None:
@@ -413,6 +412,15 @@ def _children() -> list[int]:
     """
     with open("/proc/thread-self/children", "rb") as file:
         return [int(pid) for pid in file.read().split()]
+
+
+def _catches_term(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM; some 20 µs."""
+    with suppress(OSError), open(f"/proc/{pid}/status", "rb") as file:
+        for line in file:
+            if line.startswith(b"SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _place(error: BaseException) -> str:
@@ -446,17 +454,3 @@ def _quiet_fork_warning() -> None:
         warnings.filterwarnings(
             "ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning
         )
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-
-
-def _set_name(name: str) -> None:
-    _prctl(_PR_SET_NAME, name.encode())
-
-
-def _prctl(option: int, value: int | bytes) -> None:
-    _libc.prctl(option, value, 0, 0, 0)

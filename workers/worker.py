@@ -20,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -29,12 +30,12 @@ from acomm.egress import Policy
 from workers import memory, memorylimit, softlimit, streaming
 from workers.calls import ABANDONED, OUTGROWN, READY, RETURNED, STOP, Answer, Failure, Job
 from workers.errors import BadArgs, SoftTimeout, TooLarge
+from workers.forked import Terminated, end_copy
 from workers.registry import Registry, Task, encode_result
 from workers.running import Context, enter, leave
 from workers.scoreboard import Scoreboard, SlotWriter
 from workers.softlimit import limited, limited_coroutine
 from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
-from workers.template import end_copy
 
 HOLD = 0.0002
 """Seconds that a finished answer may wait for others: sending one costs about a tenth of it."""
@@ -97,10 +98,11 @@ def serve(
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
     socket.connect(settings.endpoint)
     try:
-        socket.send(READY)
         worker = make(socket, scoreboard.writer(settings.slot))
         if settings.max_growth is not None:
             worker.limit_growth(settings.max_growth)
+        signal.signal(signal.SIGTERM, worker.terminate)
+        socket.send(READY)
         worker.run()
     finally:
         socket.close()
@@ -130,6 +132,7 @@ class Worker:
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
         self._stopping = False
+        self._terminated = False
         # The helper uses the socket only under the lock and while `_begun`, the start of what runs, is not
         # 0: outside of a batch it is the main thread's alone.
         self._lock = threading.Lock()
@@ -159,11 +162,25 @@ class Worker:
                 self._run_all(_jobs.decode(message))
                 if self._outgrown is not None and self._outgrown():
                     self._socket.send(_encode([Answer(0, 0.0, None, Failure(OUTGROWN, ""))]))
+        except Terminated:
+            with self._lock:
+                self._begun = 0.0  # the helper leaves the socket alone
+                self._flush()
+            raise
         finally:
             self._stopping = True
             self._batch.set()
             if self._runner is not None:
                 self._runner.close()
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """SIGTERM: what runs must stop now, and nothing else is begun. Raised once: a task that cleans up is
+        not interrupted again.
+        """
+        if not self._terminated:
+            self._terminated = self._stopping = True
+            self._jobs.clear()
+            raise Terminated
 
     def _run_all(self, batch: list[Job]) -> None:
         jobs = self._jobs
@@ -248,6 +265,8 @@ class Worker:
         except BaseException as error:  # SystemExit too: a task ends itself, never its worker
             if os.getpid() != self._pid:
                 end_copy(error)
+            if isinstance(error, Terminated):
+                raise
             return Answer(job.number, 0.0, None, failure_of(error, runnable.retry_on))
         finally:
             leave(context)
