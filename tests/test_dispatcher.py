@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.calls import ABANDONED, RETURNED, Answer, Call, Failure, Outcome
-from workers.dispatcher import OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
+from workers.dispatcher import OVERDUE_CHECK, STUCK, Dispatcher, Doom, Plea, Running
 from workers.errors import (
     CallCancelled,
     CallTimeout,
@@ -45,7 +45,7 @@ def taught(workers: int = 1, **costs: float) -> Dispatcher:
         number = dispatcher.submit(call(task))
         assert dict(dispatcher.assign(0.0)).keys() == {0}
         assert dispatcher.answered(0, Answer(number, seconds, b"1"), 0.0)
-    dispatcher.worker_lost(0, 0, lost)
+    dispatcher.worker_lost(0, (), lost)
     for id in range(1, workers + 1):
         dispatcher.worker_ready(id, 0.0)
     return dispatcher
@@ -63,7 +63,8 @@ def done(dispatcher: Dispatcher, worker: int, item: Call, seconds: float = 1e-5,
 
 def empty(dispatcher: Dispatcher) -> bool:
     """No table holds anything of any call."""
-    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes)
+    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes,
+              dispatcher._overlapping)  # fmt: skip
     timers = (dispatcher._deadlines, dispatcher._limits, dispatcher._backoff)
     counters = (dispatcher.queued, dispatcher.assigned, dispatcher._stale, len(dispatcher))
     return not any(tables) and not any(map(len, timers)) and not any(counters)
@@ -204,7 +205,7 @@ def test_requeued_calls_come_first_in_their_old_order() -> None:
     later = [call(priority=1), call()]
     for item in later:
         dispatcher.submit(item)
-    assert dispatcher.worker_lost(1, 0, lost) == []
+    assert dispatcher.worker_lost(1, (), lost) == []
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: [calls[2], calls[3], later[0], calls[0], calls[1], later[1]]}
     assert [item.attempt for item in calls] == [1, 1, 1, 1]
@@ -286,7 +287,7 @@ def test_limited_calls_that_are_put_back_keep_their_turn() -> None:
     later = [call("only", concurrency=3), call()]
     for item in later:
         dispatcher.submit(item)
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: [*items, later[1]]}
     done(dispatcher, 2, items[0])
@@ -303,12 +304,12 @@ def test_a_place_is_free_again_however_a_call_leaves_it(how: str) -> None:
     if how == "cancelled":
         assert isinstance(dispatcher.cancel(first.number, 0.0, Running(first.number, 0.0)), Doom)
         assert assigned(dispatcher) == {}  # it runs until its worker is dead
-        dispatcher.worker_lost(1, first.number, lost)
+        dispatcher.worker_lost(1, [first.number], lost)
     elif how == "retried":
         first.backoff = lambda failed: 1.0
         dispatcher.answered(1, Answer(first.number, TINY, None, RAISED), 0.0)
     elif how == "lost":
-        dispatcher.worker_lost(1, first.number, lost)
+        dispatcher.worker_lost(1, [first.number], lost)
     elif how == "returned":
         dispatcher.answered(1, Answer(first.number, 0.0, None, Failure(RETURNED, "")), 0.0)
         dispatcher.worker_ready(2, 0.0)
@@ -354,7 +355,7 @@ def test_a_worker_gets_what_it_may_run_and_is_then_spent() -> None:
     assert assigned(dispatcher) == {1: [calls[2]]} and dispatcher.spent == []  # it had not begun that one
     done(dispatcher, 1, calls[2])
     assert dispatcher.spent == [1] and assigned(dispatcher) == {}
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: calls[3:]}
 
@@ -404,11 +405,11 @@ def test_only_the_call_that_ran_pays_for_a_death() -> None:
     for item in calls:
         dispatcher.submit(item)
     assigned(dispatcher)
-    (outcome,) = dispatcher.worker_lost(1, calls[1].number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [calls[1].number], lost)
     assert outcome.call is calls[1] and isinstance(outcome.error, WorkerLost)
     assert outcome.error.receipt == {"attempt": 1}
     assert [item.crashed for item in calls] == [0, 1, 0]
-    assert dispatcher.worker_lost(1, calls[0].number, lost) == []
+    assert dispatcher.worker_lost(1, [calls[0].number], lost) == []
 
 
 def test_a_call_that_keeps_killing_is_poisoned() -> None:
@@ -417,7 +418,7 @@ def test_a_call_that_keeps_killing_is_poisoned() -> None:
     for id in (1, 2):
         dispatcher.worker_ready(id, 0.0)
         assert assigned(dispatcher) == {id: [item]}
-        outcomes = dispatcher.worker_lost(id, item.number, lost)
+        outcomes = dispatcher.worker_lost(id, [item.number], lost)
     (outcome,) = outcomes
     assert isinstance(outcome.error, Poisoned) and outcome.error.receipt == {"attempt": 2}
     assert empty(dispatcher)
@@ -428,7 +429,7 @@ def test_late_and_repeated_answers_match_nothing() -> None:
     dispatcher.submit(item := call())
     assigned(dispatcher)
     old = item.number
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     assert dispatcher.answered(1, Answer(old, 0.1, b"1"), 0.0) is None
     dispatcher.worker_ready(2, 0.0)
     assigned(dispatcher)
@@ -454,7 +455,7 @@ def test_cancel_while_queued_waiting_in_a_window_running_and_ended() -> None:
     why = ShuttingDown("bye")
     assert dispatcher.cancel(running.number, 0.0, runs, why) == Doom(1, why)
     assert len(dispatcher) == 1
-    (ended,) = dispatcher.worker_lost(1, running.number, lost)
+    (ended,) = dispatcher.worker_lost(1, [running.number], lost)
     assert ended.call is running and ended.error is why
     assert empty(dispatcher)
 
@@ -470,7 +471,7 @@ def test_a_doomed_call_that_ends_in_the_last_moment_does_not_run_again() -> None
         if how == "raised":
             outcome = dispatcher.answered(1, Answer(doomed.number, 0.1, None, RAISED), 0.0)
             assert outcome and isinstance(outcome.error, CallCancelled)
-        outcomes = dispatcher.worker_lost(1, behind.number if how == "next one runs" else 0, lost)
+        outcomes = dispatcher.worker_lost(1, [behind.number if how == "next one runs" else 0], lost)
         if how != "raised":
             assert [outcome.call for outcome in outcomes] == [doomed]
             assert isinstance(outcomes[0].error, CallCancelled)
@@ -485,7 +486,7 @@ def test_two_calls_may_doom_the_same_worker() -> None:
     assigned(dispatcher)
     for item in calls:
         assert isinstance(dispatcher.cancel(item.number, 0.0, Running(item.number, 0.0)), Doom)
-    outcomes = dispatcher.worker_lost(1, calls[1].number, lost)
+    outcomes = dispatcher.worker_lost(1, [calls[1].number], lost)
     assert [type(outcome.error) for outcome in outcomes] == [CallCancelled, CallCancelled]
     assert empty(dispatcher)
 
@@ -540,7 +541,7 @@ def test_a_limit_counts_from_when_the_worker_began() -> None:
     outcomes, (doom,) = dispatcher.due(2.01, lambda id: began)
     assert not outcomes and doom.worker == 1 and isinstance(doom.error, CallTimeout)
     assert dispatcher.next_deadline() is None  # it does not spin while the worker dies
-    (ended,) = dispatcher.worker_lost(1, item.number, lost)
+    (ended,) = dispatcher.worker_lost(1, [item.number], lost)
     assert ended.error is doom.error and item.crashed == 0
 
 
@@ -555,7 +556,7 @@ def test_a_given_up_call_that_starts_and_lasts_costs_its_worker() -> None:
     assert dispatcher.due(OVERDUE_CHECK, lambda id: began) == ([], [])
     outcomes, (doom,) = dispatcher.due(0.01 + OVERDUE_CHECK, lambda id: began)
     assert not outcomes and doom.worker == 1
-    assert dispatcher.worker_lost(1, given_up.number, lost) == []
+    assert dispatcher.worker_lost(1, [given_up.number], lost) == []
     assert dispatcher.queued == 1 and other.attempt == 1 and len(dispatcher) == 1
 
 
@@ -578,7 +579,7 @@ def test_a_stream_has_an_outcome_when_it_begins_and_one_when_it_ends() -> None:
     assert assigned(dispatcher) == {1: [stream]}
     streaming(dispatcher, stream)
     assert dispatcher.assigned == 1 and len(dispatcher) == 1
-    dispatcher.worker_lost(2, 0, lost)
+    dispatcher.worker_lost(2, (), lost)
     for item in behind:
         dispatcher.submit(item)
     assert assigned(dispatcher) == {}, "nothing waits behind a stream"
@@ -610,7 +611,7 @@ def test_the_deadline_is_met_when_a_stream_begins_and_the_limit_is_not() -> None
     assert dispatcher.next_deadline() == 5.0
     _, (doom,) = dispatcher.due(5.0, lambda _: runs)
     assert doom.worker == 1 and isinstance(doom.error, CallTimeout)
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert outcome.error is doom.error and empty(dispatcher)
 
 
@@ -643,7 +644,7 @@ def test_a_stream_ends_with_its_worker(seen_running: bool) -> None:
     dispatcher.submit(stream)
     assigned(dispatcher)
     streaming(dispatcher, stream)
-    (outcome,) = dispatcher.worker_lost(1, stream.number if seen_running else 0, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number if seen_running else 0], lost)
     assert type(outcome.error) is WorkerLost and outcome.error.receipt == {"attempt": 1}
     assert empty(dispatcher)
 
@@ -656,7 +657,7 @@ def test_a_cancelled_stream_ends_with_its_worker() -> None:
     streaming(dispatcher, stream)
     doom = dispatcher.cancel(stream.number, 1.0, Running(stream.number, 0.0))
     assert isinstance(doom, Doom) and doom.worker == 1
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert isinstance(outcome.error, CallCancelled) and empty(dispatcher)
 
 
@@ -671,7 +672,7 @@ def test_a_stream_that_its_consumer_has_left_is_killed_if_it_still_runs() -> Non
     assert dispatcher.next_deadline() == 3.0
     _, (doom,) = dispatcher.due(3.0, lambda _: Running(stream.number, 0.0))
     assert doom.worker == 1 and isinstance(doom.error, CallCancelled)
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert outcome.error is doom.error and empty(dispatcher)
 
 
@@ -700,7 +701,7 @@ def test_a_call_that_nobody_waits_for_does_not_begin_to_stream() -> None:
             assert dispatcher.answered(1, Answer(item.number, 0.0, None), 0.0) is None
     assert dispatcher.answered(9, Answer(1, 0.0, None, stream=URL), 0.0) is None
     assert dispatcher.answered(1, Answer(10**6, 0.0, None, stream=URL), 0.0) is None
-    assert [outcome.call for outcome in dispatcher.worker_lost(1, doomed.number, lost)] == [doomed]
+    assert [outcome.call for outcome in dispatcher.worker_lost(1, [doomed.number], lost)] == [doomed]
     assert empty(dispatcher)
 
 
@@ -708,25 +709,37 @@ def test_a_call_that_nobody_waits_for_does_not_begin_to_stream() -> None:
 
 
 class Child:
-    """What a worker process does: takes calls in order, one at a time; its answers travel for a while."""
+    """What a worker process does: takes calls in order, one at a time or all that overlap; its answers travel
+    for a while.
+    """
 
     def __init__(self) -> None:
         self.waiting: deque[int] = deque()
-        self.running = IDLE
+        self.running: dict[int, float] = {}
+        self.asked: set[int] = set()
+        self.overlaps = False
         self.answers: deque[Answer] = deque()
         self.doomed = False
         self.given = 0
 
 
-COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
-LIMITS = {"short": 1, "tiny": 3}
+COSTS = {
+    "free": 0.0,
+    "tiny": 0.0001,
+    "short": 0.0015,
+    "long": 1.0,
+    "brief co": 0.05,
+    "co": 0.2,
+    "long co": 5.0,
+}
+LIMITS = {"short": 1, "tiny": 3, "co": 3}
 ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)}
 
 
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.dispatcher = Dispatcher(max_window=6)
+        self.dispatcher = Dispatcher(max_window=6, overlap=5)
         self.now = 100.0
         self.children: dict[int, Child] = {}
         self.count = 0
@@ -747,12 +760,20 @@ class Machine(RuleBasedStateMachine):
             assert (outcome.result is None) != (outcome.error is None)
             self.ended[outcome.call] = outcome
 
-    def runs(self, worker: int) -> Running:
-        return self.children[worker].running
+    def runs(self, number: int) -> Running:
+        for child in self.children.values():
+            if number in child.running:
+                return Running(number, child.running[number])
+        return IDLE
 
-    def obey(self, dooms: Iterable[Doom]) -> None:
+    def obey(self, dooms: Iterable[Doom | Plea]) -> None:
         for doom in dooms:
-            self.children[doom.worker].doomed = True
+            child = self.children[doom.worker]
+            if isinstance(doom, Doom):
+                child.doomed = True
+            else:
+                assert doom.call in child.running and child.overlaps and doom.call not in child.asked
+                child.asked.add(doom.call)
 
     def some(self, pick: int) -> int | None:
         return sorted(self.children)[pick % len(self.children)] if self.children else None
@@ -800,6 +821,7 @@ class Machine(RuleBasedStateMachine):
                 crashes=crashes,
                 backoff=None if backoff is None else lambda failed: backoff,
                 concurrency=LIMITS.get(task) if self.limited else None,
+                overlaps="co" in task.split(),
             )
             self.calls.append(new)
             assert self.dispatcher.submit(new) == new.number
@@ -820,26 +842,41 @@ class Machine(RuleBasedStateMachine):
                 assert item not in self.ended and item not in self.streamed
                 assert item.job().attempt == item.failed + item.crashed + 1
                 assert all(item.number not in other.waiting for other in self.children.values())
+                assert not (child.waiting or child.running) or child.overlaps == item.overlaps
+                child.overlaps = item.overlaps
                 child.waiting.append(item.number)
                 child.given += 1
             assert child.given <= (self.dispatcher.max_tasks or child.given)
             held = self.dispatcher._workers[worker].calls.values()
-            assert len(held) <= 6
-            assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
+            assert len({item.overlaps for item in held}) == 1
+            if child.overlaps:
+                assert len(held) <= 5
+            else:
+                assert len(held) <= 6
+                assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
 
     @rule(pick=st.integers(0, 3))
     def begin(self, pick: int) -> None:
         worker = self.some(pick)
-        if worker is not None and (child := self.children[worker]).waiting and child.running is IDLE:
-            child.running = Running(child.waiting.popleft(), self.now)
+        if worker is None or not (child := self.children[worker]).waiting:
+            return
+        if child.overlaps or not child.running:
+            child.running[child.waiting.popleft()] = self.now
 
-    @rule(pick=st.integers(0, 3), end=st.sampled_from(sorted(ENDS)), arrives=st.booleans())
-    def finish(self, pick: int, end: str, arrives: bool) -> None:
+    @rule(
+        pick=st.integers(0, 3),
+        which=st.integers(0, 4),
+        end=st.sampled_from(sorted(ENDS)),
+        arrives=st.booleans(),
+    )
+    def finish(self, pick: int, which: int, end: str, arrives: bool) -> None:
         self.begin(pick)
         worker = self.some(pick)
-        if worker is None or (child := self.children[worker]).running is IDLE:
+        if worker is None or not (child := self.children[worker]).running:
             return
-        number, child.running = child.running.call, IDLE
+        number = sorted(child.running)[which % len(child.running)]
+        del child.running[number]
+        child.asked.discard(number)
         item = self.dispatcher.call(number)
         child.answers.append(Answer(number, COSTS[item.task] if item else 0.5, *ENDS[end]))
         if arrives:
@@ -850,9 +887,9 @@ class Machine(RuleBasedStateMachine):
         """What runs says that it streams, or that nobody consumes that."""
         self.begin(pick)
         worker = self.some(pick)
-        if worker is not None and (child := self.children[worker]).running is not IDLE:
+        if worker is not None and (child := self.children[worker]).running and not child.overlaps:
             failure = None if stream else Failure(ABANDONED, "")
-            child.answers.append(Answer(child.running.call, 0.0, None, failure, stream))
+            child.answers.append(Answer(min(child.running), 0.0, None, failure, stream))
 
     def deliver(self, worker: int) -> None:
         answers = self.children[worker].answers
@@ -898,19 +935,20 @@ class Machine(RuleBasedStateMachine):
         if seen:
             self.deliver(worker)
         child = self.children.pop(worker)
-        running = child.running.call if nonsense is None else nonsense
+        running = list(child.running) if nonsense is None else [nonsense]
         charged: list[Call] = []
 
         def pay(item: Call) -> WorkerLost:
             charged.append(item)
             return lost(item)
 
-        item = self.dispatcher.call(child.running.call) if nonsense is None else None
+        ran = {self.dispatcher.call(number) for number in child.running} if nonsense is None else set()
+        asked = {self.dispatcher.call(number) for number in child.asked}
         before = {call: call.crashed for call in self.calls}
         streams = {call for call in self.streamed if self.dispatcher.holder(call.number) == worker}
         self.take(self.dispatcher.worker_lost(worker, running, pay))
-        assert set(charged) <= {item} | streams
-        assert {call for call in self.calls if call.crashed != before[call]} <= {item} | streams
+        assert set(charged) <= ran - asked | streams
+        assert {call for call in self.calls if call.crashed != before[call]} <= ran - asked | streams
         assert not (child.doomed and set(charged) - streams)
 
     @precondition(lambda self: self.calls)
@@ -918,13 +956,15 @@ class Machine(RuleBasedStateMachine):
     def cancel(self, pick: int, last: bool) -> None:
         item = self.calls[-1 - pick % 3 if last and len(self.calls) > 2 else pick % len(self.calls)]
         holder = self.dispatcher.holder(item.number)
-        runs = self.runs(holder) if holder else IDLE
+        runs = self.runs(item.number)
+        asked = holder is not None and item.number in self.children[holder].asked
         what = self.dispatcher.cancel(item.number, self.now, runs)
-        if isinstance(what, Doom):
+        if isinstance(what, Doom | Plea):
             assert runs.call == item.number and item not in self.ended
+            assert isinstance(what, Plea) == item.overlaps
             self.obey([what])
         else:
-            assert (what is None) == (item in self.ended)
+            assert (what is None) == (item in self.ended or asked)
             self.take([what] if what else [])
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.004, 0.02, 0.5, 3.0]))
@@ -952,7 +992,7 @@ class Machine(RuleBasedStateMachine):
         waiting = [item for queue in dispatcher._queues.values() for item in queue]
         live = [item for item in waiting if not item.settled]
         stale = len(waiting) - len(live)
-        live += dispatcher._lanes.waiting()
+        live += dispatcher._lanes.waiting() + dispatcher._overlapping.waiting()
         assert dispatcher.queued == len(live) + len(dispatcher._backoff)
         assert dispatcher._stale == stale
         assert len(dispatcher) == len(self.calls) - len(self.ended)
@@ -963,10 +1003,12 @@ class Machine(RuleBasedStateMachine):
         held = Counter(
             item.task for worker in self.dispatcher._workers.values() for item in worker.calls.values()
         )
-        waiting = {item.task for item in self.dispatcher._lanes.waiting()}
+        both = (self.dispatcher._lanes, self.dispatcher._overlapping)
+        waiting = {item.task for lanes in both for item in lanes.waiting()}
         for task, limit in LIMITS.items() if self.limited else ():
             assert held[task] <= limit
-            assert (task in self.dispatcher._lanes.open) == (task in waiting and held[task] < limit)
+            lanes = self.dispatcher._overlapping if task == "co" else self.dispatcher._lanes
+            assert (task in lanes.open) == (task in waiting and held[task] < limit)
 
     @invariant()
     def a_stream_stays_where_it_is(self) -> None:
@@ -979,6 +1021,9 @@ class Machine(RuleBasedStateMachine):
             real = sum(item.cost for item in worker.calls.values())
             assert worker.load >= real * 0.999999 - 1e-9
             assert worker.calls or worker.load == 0.0
+            if worker.overlaps:
+                assert worker.load == real
+            assert set(worker.asked) <= set(worker.calls)
 
     def teardown(self) -> None:
         self.ready()
@@ -994,7 +1039,7 @@ class Machine(RuleBasedStateMachine):
                     self.lose(pick, True, None)
                     break
                 self.deliver(worker)
-                self.finish(pick, "result", True)
+                self.finish(pick, 0, "result", True)
         assert empty(self.dispatcher)
         assert set(self.ended) == set(self.calls)
 

@@ -90,6 +90,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.argument("modules", nargs=-1, metavar="MODULE...")
 @click.option("-w", "--workers", type=int, help="Worker processes.  [default: the CPUs that may be used]")
 @click.option(
+    "--coroutines",
+    type=int,
+    metavar="N",
+    help="Calls of coroutine tasks that a worker runs at a time (default: 100).",
+)
+@click.option(
     "--max-tasks-per-child", type=int, metavar="N", help="Replace a worker process after so many calls."
 )
 @click.option(

@@ -31,10 +31,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The settings of a supervisor.
 
     `workers` processes (default: the processors that we may use), each replaced after `max_tasks_per_child`
-    calls (None: never); `socket` is a path; `allow_uid` and
-    `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and streams may lead
-    besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds, and so is
-    `forward_timeout`, for requests to other services that bring no timeout of their own.
+    calls (None: never) and running up to `coroutines` calls of coroutine tasks at a time; `socket` is a path;
+    `allow_uid` and `allow_gid` may connect besides us and root; `allow_hook` are rules for where hooks and
+    streams may lead besides (see `acomm.egress.Policy`); `max_frame` in bytes; `drain_timeout` in seconds,
+    and so is `forward_timeout`, for requests to other services that bring no timeout of their own.
     `stream_expiry` is for how many seconds a task's stream waits for its reader.
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
@@ -47,6 +47,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     modules: tuple[str, ...] = ()
     workers: Count = msgspec.field(default_factory=available_cpus)
     max_tasks_per_child: Count | None = None
+    coroutines: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
     socket: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(default_factory=default_socket)
     allow_uid: tuple[Uid, ...] = ()
     allow_gid: tuple[Uid, ...] = ()

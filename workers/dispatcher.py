@@ -15,6 +15,10 @@ how long it takes.
 
 Of a task with a concurrency limit workers hold so many calls at most; the others wait in a lane, and no
 other task's calls wait for them.
+
+Calls that overlap run many at a time in a worker, by count. How these and plain ones share the workers is in
+`workers.sharing`. One that is to end is cancelled in its worker; only if that does not end it within GRACE,
+the worker is killed, and the others that it ran are tried again.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from acomm.deadlines import Deadlines
 from workers.calls import ABANDONED, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, WorkerLost
 from workers.lanes import Lanes, turn
+from workers.sharing import cost, goes_first, share
 
 WINDOW = 0.002
 """Seconds of predicted work that a worker may hold: longer than a round trip to the supervisor, so that a
@@ -47,12 +52,21 @@ LEARNING = 1 / 16
 LEAST = 1e-6
 """Seconds that a call is taken to cost at least: nothing is free, and nothing joins a full window."""
 
+OVERLAP = 100
+"""Calls that overlap a worker may hold: they mostly wait, and a death costs all that run."""
+
+GRACE = 1.0
+"""Seconds that a call which is cancelled in its worker has to end: to clean up, not to go on."""
+
+UNLIMITED = 2**62
+"""Calls that overlap wait in lanes, whether their task has a limit or not."""
+
 OVERDUE_CHECK = 0.02
 """Seconds between looks at calls that are given up but may yet start to run."""
 
 
 class Running(NamedTuple):
-    """What a worker runs now: the call's number (0: nothing) and since when."""
+    """A call that a worker runs now: its number (0: nothing, or others) and since when."""
 
     call: int
     started: float
@@ -65,8 +79,15 @@ class Doom(NamedTuple):
     error: AcommError
 
 
+class Plea(NamedTuple):
+    """A call to be cancelled in its worker, which goes on with its others."""
+
+    worker: int
+    call: int
+
+
 class _Worker:
-    __slots__ = ("calls", "doomed", "heard", "id", "left", "load", "retiring")
+    __slots__ = ("asked", "calls", "doomed", "heard", "id", "left", "load", "overlaps", "retiring")
 
     def __init__(self, id: int, now: float, left: int) -> None:
         self.id = id
@@ -74,6 +95,8 @@ class _Worker:
         self.calls: dict[int, Call] = {}
         self.load = 0.0
         self.heard = now
+        self.overlaps = False  # of which kind its calls are, if it has any
+        self.asked: dict[int, AcommError] = {}  # calls that it is to cancel
         self.doomed: dict[int, AcommError] = {}  # calls for which it is being killed
         self.retiring = False
 
@@ -89,8 +112,14 @@ class Dispatcher:
     """
 
     def __init__(
-        self, *, window: float = WINDOW, max_window: int = MAX_WINDOW, max_tasks: int | None = None
+        self,
+        *,
+        window: float = WINDOW,
+        max_window: int = MAX_WINDOW,
+        max_tasks: int | None = None,
+        overlap: int = OVERLAP,
     ) -> None:
+        self.overlap = overlap
         self.window = window
         self.max_window = max_window
         self.max_tasks = max_tasks
@@ -102,6 +131,7 @@ class Dispatcher:
         self._order: list[int] = []
         self._lanes = Lanes()
         self._open = self._lanes.open  # looked at for every call
+        self._overlapping = Lanes()
         self._stale = 0  # settled calls that are still in a queue
         self._numbers = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -125,14 +155,16 @@ class Dispatcher:
         self._number(call)
         if call.deadline is not None:
             self._deadlines.set(call.number, call.deadline)
+        if call.overlaps and call.concurrency is None:
+            call.concurrency = UNLIMITED
         self._enqueue(call)
         return call.number
 
     def cancel(
         self, number: int, now: float, running: Running, error: AcommError | None = None
-    ) -> Outcome | Doom | None:
-        """Give up a call. One that does not run has its outcome at once; for a running one, the worker to
-        kill is returned, and the outcome comes with its death. None: there is no such call.
+    ) -> Outcome | Doom | Plea | None:
+        """Give up a call. One that does not run has its outcome at once; for a running one, what is to be
+        done with its worker is returned, and the outcome comes later. None: there is nothing to do.
         """
         call = self._calls.get(number)
         if call is None:
@@ -140,7 +172,7 @@ class Dispatcher:
         error = error or CallCancelled(f"call of task {call.task} was cancelled")
         worker = self._holder.get(number)
         if worker is not None and running.call == number:
-            return self._doom(worker, number, error)
+            return self._end(worker, call, now, error)
         if worker is not None:
             # It waits in a worker's window. Should it start all the same, and last, `due` finds it.
             self._limits.set(number, now + OVERDUE_CHECK)
@@ -150,7 +182,7 @@ class Dispatcher:
         if number in self._backoff:
             self._backoff.discard(number)
         elif call.concurrency is not None:
-            self._lanes.remove(call)
+            self._lane(call).remove(call)
         else:
             self._stale += 1
             if self._stale > self.queued:
@@ -160,8 +192,9 @@ class Dispatcher:
     def abandon(self, error: AcommError) -> list[Outcome]:
         """Give up all that is queued: there will be no worker for it."""
         waiting = self.waiting()
-        for call in self._lanes.waiting():
-            self._lanes.remove(call)
+        for lanes in (self._lanes, self._overlapping):
+            for call in lanes.waiting():
+                lanes.remove(call)
         for call in waiting:
             self._backoff.discard(call.number)
         outcomes = [self._settle(call, None, error) for call in waiting]
@@ -206,9 +239,12 @@ class Dispatcher:
         worker = self._workers.get(id)
         return len(worker.calls) if worker else 0
 
-    def worker_lost(self, id: int, running: int, lost: Callable[[Call], WorkerLost]) -> list[Outcome]:
-        """A worker is gone. The call that it ran pays for it; those that waited behind are queued again,
-        in front and uncounted. `lost` makes the error, `running` is the number of the call (0: none).
+    def worker_lost(
+        self, id: int, running: Collection[int], lost: Callable[[Call], WorkerLost]
+    ) -> list[Outcome]:
+        """A worker is gone. The calls that it ran pay for it, unless we have killed it for one of them; the
+        others are queued again, in front and uncounted. `lost` makes the error, `running` are the numbers of
+        the calls.
         """
         worker = self._workers.pop(id, None)
         if worker is None:
@@ -220,14 +256,14 @@ class Dispatcher:
             del self._holder[number]
             self._limits.discard(number)
             if call.concurrency is not None:
-                self._lanes.release(call)
+                self._lane(call).release(call)
             if call.settled:
                 continue
-            doom = worker.doomed.get(number)
+            doom = worker.doomed.get(number) or worker.asked.get(number)
             if doom is not None:
                 # Even if it has just ended: its answer is lost, and it is not to run again.
                 outcomes.append(self._settle(call, None, doom))
-            elif (number != running or worker.doomed) and not call.streaming:
+            elif (number not in running or worker.doomed) and not call.streaming:
                 # Waited behind, or started in the moment in which we killed the worker for another.
                 again.append(call)
             else:
@@ -265,13 +301,15 @@ class Dispatcher:
         number = answer.number
         self.assigned -= 1
         del self._holder[number]
+        asked = None
         if call.timeout is not None or call.settled or call.abandoned:
             self._limits.discard(number)
+            asked = worker.asked.pop(number, None)
         if call.concurrency is not None:
-            self._lanes.release(call)
-        if answer.failure is not None and answer.failure.code == RETURNED:
+            self._lane(call).release(call)
+        if answer.failure is not None and answer.failure.code == RETURNED and not asked:
             # It was behind one that lasts, and so would be whatever else its worker got.
-            worker.load = self.window if worker.calls else 0.0
+            worker.load = (worker.load - call.cost if call.overlaps else self.window) if worker.calls else 0.0
             if worker.left >= 0:
                 worker.left += 1
             if not call.settled:
@@ -289,7 +327,7 @@ class Dispatcher:
             return None
         if answer.failure is None:
             return self._settle(call, answer.result, None)
-        doom = worker.doomed.get(number)
+        doom = worker.doomed.get(number) or asked
         if doom is not None:
             return self._settle(call, None, doom)
         call.failed += 1
@@ -326,14 +364,55 @@ class Dispatcher:
             if self._stale:
                 self._sweep()
             return iter(())
+        batches: dict[int, list[Call]] = {}
+        if self._overlapping.open:
+            self._assign_both(now, batches)
+        else:
+            self._assign_plain(now, batches)
+        return iter(batches.items())
+
+    def _assign_both(self, now: float, batches: dict[int, list[Call]]) -> None:
+        lanes, most = self._overlapping, self.overlap
+        workers = [worker for worker in self._workers.values() if worker.left and not worker.retiring]
+        if goes_first(lanes, self._front(), workers, most, self._cost):
+            self._assign_overlapping(now, workers, batches)
+            if batches:
+                self._assign_plain(now, batches)
+            # Else the next worker that falls idle is for those that overlap.
+        else:
+            self._assign_plain(now, batches)
+            self._assign_overlapping(now, workers, batches)
+
+    def _assign_overlapping(self, now: float, workers: list[_Worker], batches: dict[int, list[Call]]) -> None:
+        lanes, plain = self._overlapping, self._front()
+        for worker, call in share(lanes, plain, workers, self.overlap, now, self._cost):
+            self._take_front(call)
+            call.sent = now
+            call.cost = self._cost(call)
+            worker.overlaps = True
+            worker.load += call.cost
+            worker.calls[call.number] = call
+            worker.left -= 1
+            self._holder[call.number] = worker
+            self.assigned += 1
+            if call.timeout is not None:
+                self._limits.set(call.number, now + call.timeout)
+            batches.setdefault(worker.id, []).append(call)
+
+    def _cost(self, call: Call) -> float:
+        """What a call that overlaps adds to the load of a worker."""
+        return cost(self._predicted.get(call.task))
+
+    def _assign_plain(self, now: float, batches: dict[int, list[Call]]) -> None:
         free = [
             # An idle one first, whatever rounding has left of the loads of the others.
             (worker.load if worker.calls else -1.0, worker.id)
             for worker in self._workers.values()
-            if worker.left and not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
+            if worker.left
+            and not worker.retiring
+            and (not worker.calls or (not worker.overlaps and now - worker.heard < STUCK))
         ]
         heapq.heapify(free)
-        batches: dict[int, list[Call]] = {}
         while (call := self._front()) is not None and free:
             load, id = free[0]
             worker = self._workers[id]
@@ -347,6 +426,7 @@ class Dispatcher:
             self._take_front(call)
             if not worker.calls:
                 worker.heard = now
+                worker.overlaps = False
             call.cost = self.window if cost is None else cost
             worker.load += call.cost
             worker.calls[call.number] = call
@@ -360,27 +440,26 @@ class Dispatcher:
                 heapq.heapreplace(free, (worker.load, id))
             else:
                 heapq.heappop(free)
-        return iter(batches.items())
 
     def next_deadline(self) -> float | None:
         """When `due` should be called at the latest; None: no need."""
         times = [self._deadlines.next(), self._limits.next(), self._backoff.next()]
         return min((time for time in times if time is not None), default=None)
 
-    def due(self, now: float, running: Callable[[int], Running]) -> tuple[list[Outcome], list[Doom]]:
-        """What time brings: backoffs that end, deadlines and limits that pass. `running` tells what a
-        worker runs.
+    def due(self, now: float, running: Callable[[int], Running]) -> tuple[list[Outcome], list[Doom | Plea]]:
+        """What time brings: backoffs that end, deadlines and limits that pass. `running` tells of a call,
+        by its number, whether its worker runs it.
         """
         for number in self._backoff.expired(now):
             self.queued -= 1
             self._enqueue(self._calls[number])
         outcomes: list[Outcome] = []
-        dooms: list[Doom] = []
+        dooms: list[Doom | Plea] = []
         for number in self._deadlines.expired(now):
             call = self._calls[number]
             error = CallTimeout(f"the request timed out; task {call.task} had not finished")
-            holder = self._holder.get(number)
-            what = self.cancel(number, now, running(holder.id) if holder else Running(0, 0.0), error)
+            held = number in self._holder
+            what = self.cancel(number, now, running(number) if held else Running(0, 0.0), error)
             if isinstance(what, Outcome):
                 outcomes.append(what)
             elif what is not None:
@@ -391,11 +470,14 @@ class Dispatcher:
                 dooms.append(doom)
         return outcomes, dooms
 
-    def _over_limit(self, number: int, now: float, running: Callable[[int], Running]) -> Doom | None:
+    def _over_limit(self, number: int, now: float, running: Callable[[int], Running]) -> Doom | Plea | None:
         """A call's limit may have passed: by the start that its worker noted, not by when we sent it."""
         worker = self._holder[number]
         call = worker.calls[number]
-        runs = running(worker.id)
+        runs = running(number)
+        asked = worker.asked.get(number)
+        if asked is not None and runs.call == number:
+            return self._doom(worker, number, asked)
         given_up = call.settled or call.abandoned
         limit = OVERDUE_CHECK if given_up or call.timeout is None else call.timeout
         due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
@@ -408,7 +490,22 @@ class Dispatcher:
             error = CallCancelled(f"the consumer of task {call.task}'s stream has left, and it did not end")
         else:
             error = CallTimeout(f"task {call.task} ran longer than its limit of {limit:g} seconds")
-        return self._doom(worker, number, error)
+        return self._end(worker, call, now, error)
+
+    def _end(self, worker: _Worker, call: Call, now: float, error: AcommError) -> Doom | Plea | None:
+        """End a call that runs. None: its worker has been asked to, and has yet to do so."""
+        number = call.number
+        if not call.overlaps:
+            return self._doom(worker, number, error)
+        if number in worker.asked:
+            return None
+        call.abandoned = True
+        worker.asked[number] = error
+        self._limits.set(number, now + GRACE)
+        return Plea(worker.id, number)
+
+    def _lane(self, call: Call) -> Lanes:
+        return self._overlapping if call.overlaps else self._lanes
 
     def _doom(self, worker: _Worker, number: int, error: AcommError) -> Doom:
         worker.doomed.setdefault(number, error)
@@ -435,7 +532,7 @@ class Dispatcher:
         if front:
             call.rank = -call.number  # the last one that comes in front is the foremost
         if call.concurrency is not None:
-            self._lanes.add(call, front=front)
+            self._lane(call).add(call, front=front)
             return
         queue = self._queues.get(call.priority)
         if queue is None:
@@ -463,7 +560,7 @@ class Dispatcher:
         if call.concurrency is None:
             self._queues[call.priority].popleft()
         else:
-            self._lanes.take(call)
+            self._lane(call).take(call)
 
     def _sweep(self) -> None:
         """Drop the settled calls from the queues: a queue that nobody takes from must not keep them."""

@@ -29,12 +29,12 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
-from workers.dispatcher import Dispatcher, Doom, Running
+from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, cancelling
+from workers.dispatcher import OVERLAP, Dispatcher, Doom, Plea, Running
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
-from workers.scoreboard import Scoreboard
+from workers.scoreboard import Scoreboard, Slot
 from workers.streaming import Place
 from workers.worker import Settings
 
@@ -57,22 +57,6 @@ _answers = msgspec.msgpack.Decoder(list[Answer])
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class WorkerInfo(NamedTuple):
-    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
-    `note` its own word on that.
-    """
-
-    pid: int
-    state: str
-    finished: int
-    held: int
-    task: str | None
-    seconds: float
-    done: float
-    total: float
-    note: str
-
-
 class CallInfo(NamedTuple):
     """A call under way: "queued", "running" or "streaming", and what it says of its progress."""
 
@@ -84,13 +68,31 @@ class CallInfo(NamedTuple):
     note: str
 
 
+class WorkerInfo(NamedTuple):
+    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
+    `note` its own word on that. Where calls overlap this is the oldest, and `calls` are all.
+    """
+
+    pid: int
+    state: str
+    finished: int
+    held: int
+    task: str | None
+    seconds: float
+    done: float
+    total: float
+    note: str
+    calls: tuple[CallInfo, ...] = ()
+
+
 class Pool:
     """Runs calls in `workers` processes which have imported `modules`.
 
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls (None: never). `target` is what a worker runs, and `setup` is for workers of
+    `max_tasks_per_child` calls (None: never). Of calls that overlap, those of coroutine tasks, a worker runs
+    `coroutines` at a time. `target` is what a worker runs, and `setup` is for workers of
     another kind than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up.
@@ -110,6 +112,7 @@ class Pool:
         allow_hook: Sequence[str] = (),
         url: str | None = None,
         max_tasks_per_child: int | None = None,
+        coroutines: int = OVERLAP,
         target: str = "workers.worker:main",
         setup: bytes = b"",
     ) -> None:
@@ -117,6 +120,9 @@ class Pool:
             raise ConfigError(f"a pool needs at least one worker, not {workers}")
         if max_tasks_per_child is not None and max_tasks_per_child < 1:
             raise ConfigError(f"a worker needs at least one call to run, not {max_tasks_per_child}")
+        if coroutines < 1:
+            raise ConfigError(f"a worker needs at least one coroutine to run, not {coroutines}")
+        self.coroutines = coroutines
         self.modules = tuple(modules)
         self.paths = tuple(paths)
         self.size = workers
@@ -127,7 +133,7 @@ class Pool:
         self.target = target
         self.setup = setup
         self.claim: Callable[[Call], bool] | None = None
-        self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
+        self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child, overlap=coroutines)
         self._processes = Processes(
             workers,
             preload=["workers.worker", *self.modules],
@@ -154,7 +160,7 @@ class Pool:
         with contextlib.ExitStack() as made:
             self._folder = _private_folder()
             made.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._scoreboard = Scoreboard.create(self.size)
+            self._scoreboard = Scoreboard.create(self.size, self.coroutines)
             made.callback(self._scoreboard.close)
             self._context = zmq.Context(io_threads=1)
             made.callback(self._context.term)
@@ -224,35 +230,42 @@ class Pool:
         return [self._info(worker, now) for worker in self._processes.all() if worker.status is None]
 
     def _info(self, worker: Worker, now: float) -> WorkerInfo:
-        slot = self._processes.slot(worker)
-        call = self.dispatcher.call(slot.call)
+        calls = self._running(worker, now)
+        first = max(calls, key=lambda call: call.seconds, default=None)
         return WorkerInfo(
             pid=worker.pid,
             state="starting" if not worker.ready else "stopping" if worker.stopping else "ready",
             finished=worker.finished,
             held=self.dispatcher.load(worker.token),
-            task=call.task if call else None,
-            seconds=now - slot.started if call else 0.0,
-            done=slot.done if call else 0.0,
-            total=slot.total if call else 0.0,
-            note=printable(slot.note) if call else "",
+            task=first.task if first else None,
+            seconds=first.seconds if first else 0.0,
+            done=first.done if first else 0.0,
+            total=first.total if first else 0.0,
+            note=first.note if first else "",
+            calls=tuple(calls),
         )
+
+    def _running(self, worker: Worker, now: float) -> list[CallInfo]:
+        """What a worker runs, without the calls that are given up."""
+        slots = self._processes.running(worker)
+        return [
+            _under_way(call, slot, now)
+            for slot in slots
+            if (call := self.dispatcher.call(slot.call)) is not None
+        ]
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is that has not ended."""
-        holder = self.dispatcher.holder(call.number)
-        worker = None if holder is None else self._processes.get(holder)
-        slot = None if worker is None else self._processes.slot(worker)
-        if slot is None or slot.call != call.number:
+        slot = self._slot_of(call.number)
+        if slot is None:
             return CallInfo("streaming" if call.streaming else "queued", call.task, 0.0, 0.0, 0.0, "")
-        return CallInfo(
-            state="streaming" if call.streaming else "running",
-            task=call.task,
-            seconds=time.monotonic() - slot.started,
-            done=slot.done,
-            total=slot.total,
-            note=printable(slot.note),
-        )
+        return _under_way(call, slot, time.monotonic())
+
+    def _slot_of(self, number: int) -> Slot | None:
+        """The slot of a call that runs."""
+        holder = self.dispatcher.holder(number)
+        worker = None if holder is None else self._processes.get(holder)
+        return None if worker is None else self._processes.slot_of(worker, number)
 
     # -- the engine's three verbs -------------------------------------------------------------------
 
@@ -261,13 +274,16 @@ class Pool:
         return self.dispatcher.submit(call)
 
     def cancel(self, number: int) -> Outcome | None:
-        """Give up a call; a running one is killed, and its outcome comes later."""
+        """Give up a call; a running one is killed, or cancelled if it overlaps others, and its outcome comes
+        later.
+        """
         now = time.monotonic()
         what = self.dispatcher.cancel(number, now, self._running_of(number))
-        if isinstance(what, Doom):
+        if isinstance(what, Outcome):
+            return what
+        if what is not None:
             self._carry_out(what)
-            return None
-        return what
+        return None
 
     def fileno(self) -> int:
         """Readable when `process_events` has something to do."""
@@ -405,6 +421,7 @@ class Pool:
             identity=worker.identity,
             slot=worker.slot,
             slots=self.size,
+            places=self.coroutines,
             modules=self.modules,
             paths=self.paths,
             max_result=self.max_result,
@@ -429,7 +446,7 @@ class Pool:
             del self._dead[worker.token]
             self._processes.forget(worker)
             lost = functools.partial(worker_lost, worker=worker, now=now)
-            outcomes += self.dispatcher.worker_lost(worker.token, worker.running.call, lost)
+            outcomes += self.dispatcher.worker_lost(worker.token, worker.running, lost)
 
     def _still_connected(self, worker: Worker) -> bool:
         """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
@@ -443,7 +460,7 @@ class Pool:
 
     def _tick(self, now: float, outcomes: list[Outcome]) -> None:
         if self._is_due(now):
-            ended, dooms = self.dispatcher.due(now, self._running)
+            ended, dooms = self.dispatcher.due(now, self._running_of)
             outcomes += ended
             for doom in dooms:
                 self._carry_out(doom)
@@ -466,26 +483,34 @@ class Pool:
         self._catch_up = None
         return True
 
-    def _running(self, token: int) -> Running:
-        worker = self._processes.get(token)
-        if worker is None:
-            return Running(0, 0.0)
-        slot = self._processes.slot(worker)
-        return Running(slot.call, slot.started)
-
     def _running_of(self, number: int) -> Running:
-        holder = self.dispatcher.holder(number)
-        return Running(0, 0.0) if holder is None else self._running(holder)
+        slot = self._slot_of(number)
+        return Running(0, 0.0) if slot is None else Running(slot.call, slot.started)
 
-    def _carry_out(self, doom: Doom) -> None:
+    def _carry_out(self, doom: Doom | Plea) -> None:
         worker = self._processes.get(doom.worker)
-        if worker is not None:
+        if worker is None:
+            return
+        if isinstance(doom, Plea):
+            self._send(worker, cancelling([doom.call]))
+        else:
             worker.stopping = True
             self._kill(worker)
 
     def _kill(self, worker: Worker) -> None:
         if self._processes.kill(worker):
             self.dispatcher.retire(worker.token)
+
+
+def _under_way(call: Call, slot: Slot, now: float) -> CallInfo:
+    return CallInfo(
+        state="streaming" if call.streaming else "running",
+        task=call.task,
+        seconds=now - slot.started,
+        done=slot.done,
+        total=slot.total,
+        note=printable(slot.note),
+    )
 
 
 def _peer_pid(frame: zmq.Frame) -> int:

@@ -32,8 +32,8 @@ LEAVE_TIMEOUT = 5.0
 class Worker:
     """A worker process, from the wish for one until its death is settled.
 
-    `status` is None while it lives, then its exit code (below 0: the signal); `running` is what its slot of
-    the scoreboard said when it died.
+    `status` is None while it lives, then its exit code (below 0: the signal); `running` are the calls that it
+    ran when it died, by what the scoreboard said.
     """
 
     __slots__ = ("cpu", "finished", "identity", "killed", "max_rss", "peer_pid", "pid", "ready", "running",
@@ -51,7 +51,7 @@ class Worker:
         self.stopping = False
         self.killed = False
         self.status: int | None = None
-        self.running = Slot(0, 0.0, 0.0, 0.0)
+        self.running: dict[int, Slot] = {}
         self.max_rss = 0
         self.cpu = 0.0
 
@@ -153,9 +153,17 @@ class Processes:
         """By its name on the pool's socket."""
         return self._by_identity.get(identity)
 
-    def slot(self, worker: Worker) -> Slot:
+    def running(self, worker: Worker) -> list[Slot]:
         """What it runs, or ran when it died."""
-        return self._scoreboard.read(worker.slot) if worker.status is None else worker.running
+        if worker.status is None:
+            return self._scoreboard.running(worker.slot)
+        return list(worker.running.values())
+
+    def slot_of(self, worker: Worker, call: int) -> Slot | None:
+        """The slot of a call, if it runs that, or ran it when it died."""
+        if worker.status is None:
+            return self._scoreboard.find(worker.slot, call)
+        return worker.running.get(call)
 
     # -- one of them --------------------------------------------------------------------------------
 
@@ -267,7 +275,7 @@ class Processes:
         if leaving is None:
             self.restarts += 1
         pause = 0.0
-        if not worker.finished and not worker.running.call:
+        if not worker.finished and not worker.running:
             if not worker.stopping:
                 self._budget.note(now)
             pause = self._budget.pause(now)
@@ -277,7 +285,7 @@ class Processes:
             self._fork(worker.slot, now)
 
     def _bury(self, worker: Worker, status: int, max_rss: int = 0, cpu: float = 0.0) -> None:
-        worker.running = self._scoreboard.read(worker.slot)
+        worker.running = {slot.call: slot for slot in self._scoreboard.running(worker.slot)}
         worker.status, worker.max_rss, worker.cpu = status, max_rss, cpu
         if not worker.ready:
             self.starting -= 1

@@ -48,7 +48,7 @@ from workers.errors import (
     printable,
 )
 from workers.handlerthreads import HandlerThreads
-from workers.pool import CallInfo, Pool
+from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
@@ -105,6 +105,7 @@ class Supervisor:
             allow_hook=self.config.allow_hook,
             url=unix_url(os.path.abspath(self.config.socket)),
             max_tasks_per_child=self.config.max_tasks_per_child,
+            coroutines=self.config.coroutines,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
@@ -612,9 +613,13 @@ class Supervisor:
             },
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
-            "workers": [worker._asdict() for worker in self.pool.workers()],
+            "workers": [_told(worker) for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def _told(worker: WorkerInfo) -> dict[str, Any]:
+    return {**worker._asdict(), "calls": [call._asdict() for call in worker.calls]}
 
 
 def _place(config: Config) -> Place:
@@ -636,6 +641,7 @@ def _call(request: Request, task: Task[..., Any], origin: Origin) -> Call:
         priority=request.priority or task.priority,
         timeout=task.timeout,
         concurrency=task.concurrency,
+        overlaps=task.is_coroutine,
         deadline=None if request.timeout is None else time.monotonic() + request.timeout,
         retries=retry.times if retry else 0,
         crashes=retry.crashes if retry else 0,
