@@ -27,8 +27,9 @@ _ended = _Ended()
 class Context(msgspec.Struct, eq=False, gc=False):
     """The call that a task runs now.
 
-    `cancelled` turns true when nobody wants the rest of a stream any more: its consumer has left, and the
-    call should end. Any other call that is cancelled is killed, without a chance to look.
+    `cancelled` turns true when the call should end: nobody wants the rest of a stream any more, as its
+    consumer has left, or a coroutine is being cancelled. Any other call that is cancelled is killed, without
+    a chance to look.
     """
 
     _job: Job
