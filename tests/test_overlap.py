@@ -3,12 +3,12 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from test_pool import HERE, Driver, idle, make
+from test_pool import DEADLINE, HERE, Driver, idle, make
 
 from workers.calls import Call
 from workers.errors import CallCancelled, CallTimeout, WorkerLost
@@ -29,6 +29,14 @@ def single() -> Iterator[Driver]:
     driver.close()
 
 
+def heard(driver: Driver, condition: Callable[[], object]) -> None:
+    """Until something outside of the pool is so, while that is driven on."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain; {driver.pool}, {driver.pool.workers()}"
+        driver.turn(0.01)
+
+
 class Notes:
     """What tasks have told."""
 
@@ -40,7 +48,7 @@ class Notes:
 
     def wait(self, driver: Driver, *lines: str) -> None:
         """Until all these were told, while the pool is driven on."""
-        driver.until(lambda: driver.turn(0.01) or set(lines) <= set(self.lines()))
+        heard(driver, lambda: set(lines) <= set(self.lines()))
 
 
 @pytest.fixture
@@ -121,7 +129,7 @@ def test_what_does_not_end_is_killed_and_its_siblings_run_again(
 ) -> None:
     sibling = call("attempt", notes.path)
     single.submit(sibling)
-    single.until(lambda: single.turn(0.01) or any("attempt 1" in line for line in notes.lines()))
+    heard(single, lambda: any("attempt 1" in line for line in notes.lines()))
     Path(notes.path + ".again").touch()
     killed = call(task, notes.path, timeout=0.1)
     single.submit(killed)
@@ -140,7 +148,7 @@ def test_a_death_is_charged_to_all_that_ran(single: Driver, notes: Notes) -> Non
     (outcome,) = single.finish(*poor)
     assert isinstance(outcome.error, WorkerLost)
     assert outcome.error.receipt["progress"]["note"] == "poor" and outcome.error.receipt["pid"] == pid
-    single.until(lambda: single.turn(0.01) or notes.lines().count("rich begins") == 2)
+    heard(single, lambda: notes.lines().count("rich begins") == 2)
     assert rich[0].attempt == 2
     single.cancel(rich[0])
     single.finish(*rich)
@@ -185,7 +193,7 @@ def test_a_worker_that_is_told_to_exit_finishes_them(notes: Notes) -> None:
         driver.pool.stop_workers()
         assert {outcome.error for outcome in driver.finish(*calls)} == {None}
         assert isinstance(driver.finish(*late)[0].error, CallTimeout)  # cancels reach it still
-        driver.until(lambda: driver.turn(0.01) or not driver.pool.alive)
+        heard(driver, lambda: not driver.pool.alive)
         assert driver.pool.workers() == []
     finally:
         driver.close()
