@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.calls import ABANDONED, OUTGROWN, RETURNED, Answer, Call, Failure, Outcome
-from workers.dispatcher import MEMORY_CHECK, OVERDUE_CHECK, STUCK, Dispatcher, Doom, Running
+from workers.dispatcher import MEMORY_CHECK, OVERDUE_CHECK, STUCK, Dispatcher, Doom, Plea, Running
 from workers.errors import (
     CallCancelled,
     CallTimeout,
@@ -47,7 +47,7 @@ def taught(workers: int = 1, **costs: float) -> Dispatcher:
         number = dispatcher.submit(call(task))
         assert dict(dispatcher.assign(0.0)).keys() == {0}
         assert dispatcher.answered(0, Answer(number, seconds, b"1"), 0.0)
-    dispatcher.worker_lost(0, 0, lost)
+    dispatcher.worker_lost(0, (), lost)
     for id in range(1, workers + 1):
         dispatcher.worker_ready(id, 0.0)
     return dispatcher
@@ -65,7 +65,8 @@ def done(dispatcher: Dispatcher, worker: int, item: Call, seconds: float = 1e-5,
 
 def empty(dispatcher: Dispatcher) -> bool:
     """No table holds anything of any call."""
-    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes)
+    tables = (dispatcher._calls, dispatcher._holder, dispatcher._queues, dispatcher._order, dispatcher._lanes,
+              dispatcher._overlapping)  # fmt: skip
     timers = (dispatcher._deadlines, dispatcher._limits, dispatcher._backoff)
     counters = (dispatcher.queued, dispatcher.assigned, dispatcher._stale, len(dispatcher))
     tables = (*tables, dispatcher._sharing)
@@ -207,7 +208,7 @@ def test_requeued_calls_come_first_in_their_old_order() -> None:
     later = [call(priority=1), call()]
     for item in later:
         dispatcher.submit(item)
-    assert dispatcher.worker_lost(1, 0, lost) == []
+    assert dispatcher.worker_lost(1, (), lost) == []
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: [calls[2], calls[3], later[0], calls[0], calls[1], later[1]]}
     assert [item.attempt for item in calls] == [1, 1, 1, 1]
@@ -289,7 +290,7 @@ def test_limited_calls_that_are_put_back_keep_their_turn() -> None:
     later = [call("only", concurrency=3), call()]
     for item in later:
         dispatcher.submit(item)
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: [*items, later[1]]}
     done(dispatcher, 2, items[0])
@@ -306,12 +307,12 @@ def test_a_place_is_free_again_however_a_call_leaves_it(how: str) -> None:
     if how == "cancelled":
         assert isinstance(dispatcher.cancel(first.number, 0.0, Running(first.number, 0.0)), Doom)
         assert assigned(dispatcher) == {}  # it runs until its worker is dead
-        dispatcher.worker_lost(1, first.number, lost)
+        dispatcher.worker_lost(1, [first.number], lost)
     elif how == "retried":
         first.backoff = lambda failed: 1.0
         dispatcher.answered(1, Answer(first.number, TINY, None, RAISED), 0.0)
     elif how == "lost":
-        dispatcher.worker_lost(1, first.number, lost)
+        dispatcher.worker_lost(1, [first.number], lost)
     elif how == "returned":
         dispatcher.answered(1, Answer(first.number, 0.0, None, Failure(RETURNED, "")), 0.0)
         dispatcher.worker_ready(2, 0.0)
@@ -399,7 +400,7 @@ def test_a_shared_run_whose_worker_dies_is_paid_for_once() -> None:
         dispatcher.submit(item)
     for worker in (1, 2):
         (run,) = assigned(dispatcher)[worker]
-        outcomes = dispatcher.worker_lost(worker, run.number, lost)
+        outcomes = dispatcher.worker_lost(worker, [run.number], lost)
         dispatcher.worker_ready(worker + 1, 0.0)
     (outcome,) = outcomes
     assert {type(error) for error in ended(dispatcher, outcome).values()} == {Poisoned}
@@ -429,7 +430,7 @@ def test_a_run_is_given_up_with_the_last_who_wants_it(state: str) -> None:
         assert isinstance(what, Doom) and not second.settled
         dispatcher.submit(third := keyed())  # not to a run that is being killed
         assert third.run is not run
-        (what,) = dispatcher.worker_lost(1, run.number, lost)
+        (what,) = dispatcher.worker_lost(1, [run.number], lost)
         dispatcher.worker_ready(2, 0.0)
         (again,) = assigned(dispatcher)[2]
         assert ended(dispatcher, dispatcher.answered(2, Answer(again.number, 1.0, b"1"), 0.0)) == {
@@ -457,7 +458,7 @@ def test_each_deadline_ends_its_own_request() -> None:
         assert dooms == []
     outcomes, dooms = dispatcher.due(3.0, lambda worker: running)
     assert outcomes == [] and [doom.worker for doom in dooms] == [1]
-    (outcome,) = dispatcher.worker_lost(1, run.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [run.number], lost)
     assert outcome.call is items[2] and isinstance(outcome.error, CallTimeout)
     assert empty(dispatcher)
 
@@ -479,7 +480,7 @@ def test_a_higher_priority_lifts_the_run_while_it_waits(concurrency: int | None)
     assert run is not None and run.priority == 2
     assert assigned(dispatcher) == {1: [run]}
     dispatcher.submit(keyed(priority=3))
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: [run]}
     outcome = dispatcher.answered(2, Answer(run.number, 1.0, b"1"), 0.0)
@@ -512,7 +513,7 @@ def replaced(dispatcher: Dispatcher, *ids: int) -> None:
     """What the pool does with spent workers: others take their places."""
     for spent, id in zip(dispatcher.spent, ids, strict=True):
         assert dispatcher.load(spent) == 0
-        dispatcher.worker_lost(spent, 0, lost)
+        dispatcher.worker_lost(spent, (), lost)
         dispatcher.worker_ready(id, 0.0)
     dispatcher.spent.clear()
 
@@ -616,7 +617,7 @@ def test_a_kept_worker_that_dies_is_not_waited_for() -> None:
     replaced(dispatcher, 2)
     dispatcher.retire(2)
     assert assigned(dispatcher) == {}
-    dispatcher.worker_lost(2, 0, lost)
+    dispatcher.worker_lost(2, (), lost)
     dispatcher.worker_ready(3, 0.0)
     assert assigned(dispatcher) == {3: [alone]}
 
@@ -658,7 +659,7 @@ def test_what_takes_too_much_is_killed_while_it_runs() -> None:
         assert bool(looks) == (running is not IDLE)  # what has not begun takes nothing
         running = Running(item.number, 0.0)
     assert len(looks) == 3
-    (outcome,) = dispatcher.worker_lost(1, item.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [item.number], lost)
     assert isinstance(outcome.error, TaskError) and outcome.error.type == "MemoryError"
     assert outcome.error.receipt == {"attempt": 1, "max_memory": 1000, "taken": 2_500_000}
     assert empty(dispatcher)
@@ -709,7 +710,7 @@ def test_a_worker_gets_what_it_may_run_and_is_then_spent() -> None:
     assert assigned(dispatcher) == {1: [calls[2]]} and dispatcher.spent == []  # it had not begun that one
     done(dispatcher, 1, calls[2])
     assert dispatcher.spent == [1] and assigned(dispatcher) == {}
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     dispatcher.worker_ready(2, 0.0)
     assert assigned(dispatcher) == {2: calls[3:]}
 
@@ -759,11 +760,11 @@ def test_only_the_call_that_ran_pays_for_a_death() -> None:
     for item in calls:
         dispatcher.submit(item)
     assigned(dispatcher)
-    (outcome,) = dispatcher.worker_lost(1, calls[1].number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [calls[1].number], lost)
     assert outcome.call is calls[1] and isinstance(outcome.error, WorkerLost)
     assert outcome.error.receipt == {"attempt": 1}
     assert [item.crashed for item in calls] == [0, 1, 0]
-    assert dispatcher.worker_lost(1, calls[0].number, lost) == []
+    assert dispatcher.worker_lost(1, [calls[0].number], lost) == []
 
 
 def test_a_call_that_keeps_killing_is_poisoned() -> None:
@@ -772,7 +773,7 @@ def test_a_call_that_keeps_killing_is_poisoned() -> None:
     for id in (1, 2):
         dispatcher.worker_ready(id, 0.0)
         assert assigned(dispatcher) == {id: [item]}
-        outcomes = dispatcher.worker_lost(id, item.number, lost)
+        outcomes = dispatcher.worker_lost(id, [item.number], lost)
     (outcome,) = outcomes
     assert isinstance(outcome.error, Poisoned) and outcome.error.receipt == {"attempt": 2}
     assert empty(dispatcher)
@@ -783,7 +784,7 @@ def test_late_and_repeated_answers_match_nothing() -> None:
     dispatcher.submit(item := call())
     assigned(dispatcher)
     old = item.number
-    dispatcher.worker_lost(1, 0, lost)
+    dispatcher.worker_lost(1, (), lost)
     assert dispatcher.answered(1, Answer(old, 0.1, b"1"), 0.0) is None
     dispatcher.worker_ready(2, 0.0)
     assigned(dispatcher)
@@ -809,7 +810,7 @@ def test_cancel_while_queued_waiting_in_a_window_running_and_ended() -> None:
     why = ShuttingDown("bye")
     assert dispatcher.cancel(running.number, 0.0, runs, why) == Doom(1, why)
     assert len(dispatcher) == 1
-    (ended,) = dispatcher.worker_lost(1, running.number, lost)
+    (ended,) = dispatcher.worker_lost(1, [running.number], lost)
     assert ended.call is running and ended.error is why
     assert empty(dispatcher)
 
@@ -825,7 +826,7 @@ def test_a_doomed_call_that_ends_in_the_last_moment_does_not_run_again() -> None
         if how == "raised":
             outcome = dispatcher.answered(1, Answer(doomed.number, 0.1, None, RAISED), 0.0)
             assert outcome and isinstance(outcome.error, CallCancelled)
-        outcomes = dispatcher.worker_lost(1, behind.number if how == "next one runs" else 0, lost)
+        outcomes = dispatcher.worker_lost(1, [behind.number if how == "next one runs" else 0], lost)
         if how != "raised":
             assert [outcome.call for outcome in outcomes] == [doomed]
             assert isinstance(outcomes[0].error, CallCancelled)
@@ -840,7 +841,7 @@ def test_two_calls_may_doom_the_same_worker() -> None:
     assigned(dispatcher)
     for item in calls:
         assert isinstance(dispatcher.cancel(item.number, 0.0, Running(item.number, 0.0)), Doom)
-    outcomes = dispatcher.worker_lost(1, calls[1].number, lost)
+    outcomes = dispatcher.worker_lost(1, [calls[1].number], lost)
     assert [type(outcome.error) for outcome in outcomes] == [CallCancelled, CallCancelled]
     assert empty(dispatcher)
 
@@ -895,7 +896,7 @@ def test_a_limit_counts_from_when_the_worker_began() -> None:
     outcomes, (doom,) = dispatcher.due(2.01, lambda id: began)
     assert not outcomes and doom.worker == 1 and isinstance(doom.error, CallTimeout)
     assert dispatcher.next_deadline() is None  # it does not spin while the worker dies
-    (ended,) = dispatcher.worker_lost(1, item.number, lost)
+    (ended,) = dispatcher.worker_lost(1, [item.number], lost)
     assert ended.error is doom.error and item.crashed == 0
 
 
@@ -910,7 +911,7 @@ def test_a_given_up_call_that_starts_and_lasts_costs_its_worker() -> None:
     assert dispatcher.due(OVERDUE_CHECK, lambda id: began) == ([], [])
     outcomes, (doom,) = dispatcher.due(0.01 + OVERDUE_CHECK, lambda id: began)
     assert not outcomes and doom.worker == 1
-    assert dispatcher.worker_lost(1, given_up.number, lost) == []
+    assert dispatcher.worker_lost(1, [given_up.number], lost) == []
     assert dispatcher.queued == 1 and other.attempt == 1 and len(dispatcher) == 1
 
 
@@ -933,7 +934,7 @@ def test_a_stream_has_an_outcome_when_it_begins_and_one_when_it_ends() -> None:
     assert assigned(dispatcher) == {1: [stream]}
     streaming(dispatcher, stream)
     assert dispatcher.assigned == 1 and len(dispatcher) == 1
-    dispatcher.worker_lost(2, 0, lost)
+    dispatcher.worker_lost(2, (), lost)
     for item in behind:
         dispatcher.submit(item)
     assert assigned(dispatcher) == {}, "nothing waits behind a stream"
@@ -965,7 +966,7 @@ def test_the_deadline_is_met_when_a_stream_begins_and_the_limit_is_not() -> None
     assert dispatcher.next_deadline() == 5.0
     _, (doom,) = dispatcher.due(5.0, lambda _: runs)
     assert doom.worker == 1 and isinstance(doom.error, CallTimeout)
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert outcome.error is doom.error and empty(dispatcher)
 
 
@@ -998,7 +999,7 @@ def test_a_stream_ends_with_its_worker(seen_running: bool) -> None:
     dispatcher.submit(stream)
     assigned(dispatcher)
     streaming(dispatcher, stream)
-    (outcome,) = dispatcher.worker_lost(1, stream.number if seen_running else 0, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number if seen_running else 0], lost)
     assert type(outcome.error) is WorkerLost and outcome.error.receipt == {"attempt": 1}
     assert empty(dispatcher)
 
@@ -1011,7 +1012,7 @@ def test_a_cancelled_stream_ends_with_its_worker() -> None:
     streaming(dispatcher, stream)
     doom = dispatcher.cancel(stream.number, 1.0, Running(stream.number, 0.0))
     assert isinstance(doom, Doom) and doom.worker == 1
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert isinstance(outcome.error, CallCancelled) and empty(dispatcher)
 
 
@@ -1026,7 +1027,7 @@ def test_a_stream_that_its_consumer_has_left_is_killed_if_it_still_runs() -> Non
     assert dispatcher.next_deadline() == 3.0
     _, (doom,) = dispatcher.due(3.0, lambda _: Running(stream.number, 0.0))
     assert doom.worker == 1 and isinstance(doom.error, CallCancelled)
-    (outcome,) = dispatcher.worker_lost(1, stream.number, lost)
+    (outcome,) = dispatcher.worker_lost(1, [stream.number], lost)
     assert outcome.error is doom.error and empty(dispatcher)
 
 
@@ -1055,7 +1056,7 @@ def test_a_call_that_nobody_waits_for_does_not_begin_to_stream() -> None:
             assert dispatcher.answered(1, Answer(item.number, 0.0, None), 0.0) is None
     assert dispatcher.answered(9, Answer(1, 0.0, None, stream=URL), 0.0) is None
     assert dispatcher.answered(1, Answer(10**6, 0.0, None, stream=URL), 0.0) is None
-    assert [outcome.call for outcome in dispatcher.worker_lost(1, doomed.number, lost)] == [doomed]
+    assert [outcome.call for outcome in dispatcher.worker_lost(1, [doomed.number], lost)] == [doomed]
     assert empty(dispatcher)
 
 
@@ -1063,11 +1064,15 @@ def test_a_call_that_nobody_waits_for_does_not_begin_to_stream() -> None:
 
 
 class Child:
-    """What a worker process does: takes calls in order, one at a time; its answers travel for a while."""
+    """What a worker process does: takes calls in order, one at a time or all that overlap; its answers travel
+    for a while.
+    """
 
     def __init__(self) -> None:
         self.waiting: deque[int] = deque()
-        self.running = IDLE
+        self.running: dict[int, float] = {}
+        self.asked: set[int] = set()
+        self.overlaps = False
         self.answers: deque[Answer] = deque()
         self.doomed = False
         self.given = 0
@@ -1075,8 +1080,16 @@ class Child:
         self.spent = False
 
 
-COSTS = {"free": 0.0, "tiny": 0.0001, "short": 0.0015, "long": 1.0}
-LIMITS = {"short": 1, "tiny": 3}
+COSTS = {
+    "free": 0.0,
+    "tiny": 0.0001,
+    "short": 0.0015,
+    "long": 1.0,
+    "brief co": 0.05,
+    "co": 0.2,
+    "long co": 5.0,
+}
+LIMITS = {"short": 1, "tiny": 3, "co": 3}
 ISOLATED = {"free", "short"}
 ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)}
 
@@ -1084,7 +1097,7 @@ ENDS = {"result": (b"1", None), "raised": (None, RAISED), "fatal": (None, FATAL)
 class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.dispatcher = Dispatcher(max_window=6)
+        self.dispatcher = Dispatcher(max_window=6, overlap=5)
         self.now = 100.0
         self.children: dict[int, Child] = {}
         self.count = 0
@@ -1108,12 +1121,20 @@ class Machine(RuleBasedStateMachine):
             assert (outcome.result is None) != (outcome.error is None)
             self.ended[outcome.call] = outcome
 
-    def runs(self, worker: int) -> Running:
-        return self.children[worker].running
+    def runs(self, number: int) -> Running:
+        for child in self.children.values():
+            if number in child.running:
+                return Running(number, child.running[number])
+        return IDLE
 
-    def obey(self, dooms: Iterable[Doom]) -> None:
+    def obey(self, dooms: Iterable[Doom | Plea]) -> None:
         for doom in dooms:
-            self.children[doom.worker].doomed = True
+            child = self.children[doom.worker]
+            if isinstance(doom, Doom):
+                child.doomed = True
+            else:
+                assert doom.call in child.running and child.overlaps and doom.call not in child.asked
+                child.asked.add(doom.call)
 
     def some(self, pick: int) -> int | None:
         return sorted(self.children)[pick % len(self.children)] if self.children else None
@@ -1157,6 +1178,8 @@ class Machine(RuleBasedStateMachine):
         key: bytes | None,
     ) -> None:
         isolated = self.isolating and task in ISOLATED
+        overlaps = "co" in task.split()
+        in_lane = isolated or overlaps
         for _ in range(count):
             new = Call(
                 task,
@@ -1167,7 +1190,8 @@ class Machine(RuleBasedStateMachine):
                 retries=retries,
                 crashes=crashes,
                 backoff=None if backoff is None else lambda failed: backoff,
-                concurrency=(LIMITS if self.limited else {}).get(task, UNLIMITED if isolated else None),
+                concurrency=(LIMITS if self.limited else {}).get(task, UNLIMITED if in_lane else None),
+                overlaps=overlaps,
                 key=key,
                 isolated=isolated,
             )
@@ -1193,12 +1217,18 @@ class Machine(RuleBasedStateMachine):
                 assert item not in self.ended and item not in self.streamed
                 assert item.job().attempt == item.failed + item.crashed + 1
                 assert all(item.number not in other.waiting for other in self.children.values())
+                assert not (child.waiting or child.running) or child.overlaps == item.overlaps
+                child.overlaps = item.overlaps
                 child.waiting.append(item.number)
                 child.given += 1
             assert child.given <= (self.dispatcher.max_tasks or child.given)
             held = self.dispatcher._workers[worker].calls.values()
-            assert len(held) <= 6
-            assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
+            assert len({item.overlaps for item in held}) == 1
+            if child.overlaps:
+                assert len(held) <= 5
+            else:
+                assert len(held) <= 6
+                assert len(held) == 1 or sum(item.cost for item in held) <= self.dispatcher.window * 1.000001
         self.replace_spent()
 
     def replace_spent(self) -> None:
@@ -1212,16 +1242,25 @@ class Machine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 3))
     def begin(self, pick: int) -> None:
         worker = self.some(pick)
-        if worker is not None and (child := self.children[worker]).waiting and child.running is IDLE:
-            child.running = Running(child.waiting.popleft(), self.now)
+        if worker is None or not (child := self.children[worker]).waiting:
+            return
+        if child.overlaps or not child.running:
+            child.running[child.waiting.popleft()] = self.now
 
-    @rule(pick=st.integers(0, 3), end=st.sampled_from(sorted(ENDS)), arrives=st.booleans())
-    def finish(self, pick: int, end: str, arrives: bool) -> None:
+    @rule(
+        pick=st.integers(0, 3),
+        which=st.integers(0, 4),
+        end=st.sampled_from(sorted(ENDS)),
+        arrives=st.booleans(),
+    )
+    def finish(self, pick: int, which: int, end: str, arrives: bool) -> None:
         self.begin(pick)
         worker = self.some(pick)
-        if worker is None or (child := self.children[worker]).running is IDLE:
+        if worker is None or not (child := self.children[worker]).running:
             return
-        number, child.running = child.running.call, IDLE
+        number = sorted(child.running)[which % len(child.running)]
+        del child.running[number]
+        child.asked.discard(number)
         item = self.dispatcher.call(number)
         child.answers.append(Answer(number, COSTS[item.task] if item else 0.5, *ENDS[end]))
         if arrives:
@@ -1232,12 +1271,12 @@ class Machine(RuleBasedStateMachine):
         """What runs says that it streams, or that nobody consumes that."""
         self.begin(pick)
         worker = self.some(pick)
-        if worker is not None and (child := self.children[worker]).running is not IDLE:
-            item = self.dispatcher.call(child.running.call)
+        if worker is not None and (child := self.children[worker]).running and not child.overlaps:
+            item = self.dispatcher.call(min(child.running))
             if item is not None and item.key is not None:
                 return  # no task that streams has a key
             failure = None if stream else Failure(ABANDONED, "")
-            child.answers.append(Answer(child.running.call, 0.0, None, failure, stream))
+            child.answers.append(Answer(min(child.running), 0.0, None, failure, stream))
 
     def deliver(self, worker: int) -> None:
         answers = self.children[worker].answers
@@ -1280,15 +1319,16 @@ class Machine(RuleBasedStateMachine):
         if seen:
             self.deliver(worker)
         child = self.children.pop(worker)
-        running = child.running.call if nonsense is None else nonsense
-        item = self.dispatcher.call(child.running.call) if nonsense is None else None
+        running = list(child.running) if nonsense is None else [nonsense]
+        ran = {self.dispatcher.call(number) for number in child.running} if nonsense is None else set()
+        asked = {self.dispatcher.call(number) for number in child.asked}
         before = {call: call.crashed for call in self.calls}
         streams = {call for call in self.streamed if self.dispatcher.holder(call.number) == worker}
         ended = self.dispatcher.worker_lost(worker, running, lost)
         self.take(ended)
         assert all(outcome.error and outcome.error.receipt for outcome in ended)
         charged = {call for call in self.calls if call.crashed != before[call]}
-        assert charged <= {item} | streams
+        assert charged <= ran - asked | streams
         assert not (child.doomed and charged - streams)
         if child.spent:
             self.ready()
@@ -1298,13 +1338,17 @@ class Machine(RuleBasedStateMachine):
     def cancel(self, pick: int, last: bool) -> None:
         item = self.calls[-1 - pick % 3 if last and len(self.calls) > 2 else pick % len(self.calls)]
         holder = self.dispatcher.holder(item.number)
-        runs = self.runs(holder) if holder else IDLE
+        number = self.dispatcher.run(item.number)
+        runs = self.runs(number)
+        alone = item.run is None or len(item.run.sharers or ()) == 1
+        asked = holder is not None and alone and number in self.children[holder].asked
         what = self.dispatcher.cancel(item.number, self.now, runs)
-        if isinstance(what, Doom):
+        if isinstance(what, Doom | Plea):
             assert runs.call == (item.run or item).number and item not in self.ended
+            assert isinstance(what, Plea) == item.overlaps
             self.obey([what])
         else:
-            assert (what is None) == (item in self.ended)
+            assert (what is None) == (item in self.ended or asked)
             self.take([what] if what else [])
 
     @rule(seconds=st.sampled_from([0.0, 0.001, 0.004, 0.02, 0.5, 3.0]))
@@ -1332,7 +1376,7 @@ class Machine(RuleBasedStateMachine):
         waiting = [item for queue in dispatcher._queues.values() for item in queue]
         live = [item for item in waiting if not item.settled]
         stale = len(waiting) - len(live)
-        live += dispatcher._lanes.waiting()
+        live += dispatcher._lanes.waiting() + dispatcher._overlapping.waiting()
         assert dispatcher.queued == len(live) + len(dispatcher._backoff)
         assert dispatcher._stale == stale
         unfinished = [item for item in self.calls if item not in self.ended]
@@ -1346,10 +1390,12 @@ class Machine(RuleBasedStateMachine):
         held = Counter(
             item.task for worker in self.dispatcher._workers.values() for item in worker.calls.values()
         )
-        waiting = {item.task for item in self.dispatcher._lanes.waiting()}
+        both = (self.dispatcher._lanes, self.dispatcher._overlapping)
+        waiting = {item.task for lanes in both for item in lanes.waiting()}
         for task, limit in LIMITS.items() if self.limited else ():
             assert held[task] <= limit
-            assert (task in self.dispatcher._lanes.open) == (task in waiting and held[task] < limit)
+            lanes = self.dispatcher._overlapping if task == "co" else self.dispatcher._lanes
+            assert (task in lanes.open) == (task in waiting and held[task] < limit)
 
     @invariant()
     def a_stream_stays_where_it_is(self) -> None:
@@ -1362,6 +1408,9 @@ class Machine(RuleBasedStateMachine):
             real = sum(item.cost for item in worker.calls.values())
             assert worker.load >= real * 0.999999 - 1e-9
             assert worker.calls or worker.load == 0.0
+            if worker.overlaps:
+                assert worker.load == real
+            assert set(worker.asked) <= set(worker.calls)
 
     def teardown(self) -> None:
         self.ready()
@@ -1377,7 +1426,7 @@ class Machine(RuleBasedStateMachine):
                     self.lose(pick, True, None)
                     break
                 self.deliver(worker)
-                self.finish(pick, "result", True)
+                self.finish(pick, 0, "result", True)
         assert empty(self.dispatcher)
         assert set(self.ended) == set(self.calls)
 

@@ -139,6 +139,15 @@ def test_the_receipt_in_the_guide_is_had(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_the_coroutines_in_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fetching.py").write_text(block_with("async def fetch("))
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = run([sys.executable, "-W", "error", "-c", block_with('launch("fetching.py"')], environment)
+    assert (done.stdout, done.stderr) == ("page 7\n", "")
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "start"), [("async def main(", "main()"), ("async def ask(", "ask(os.environ['ACOMM_URL'])")]
 )

@@ -351,9 +351,9 @@ def test_an_error_that_is_no_death_has_no_receipt(driver: Driver) -> None:
 def test_a_death_that_was_likely_for_want_of_memory() -> None:
     worker = Worker(1, 0, 0.0)
     worker.pid, worker.status, worker.oom = 5, -signal.SIGKILL, True
-    worker.running = Slot(1, 10.0, 0.0, 0.0)
+    worker.running = {1: Slot(1, 10.0, 0.0, 0.0)}
     worker.said = (Said(STDERR, 9.0, b"of another"), Said(STDERR, 10.0, b"its \xff own"))
-    lost = worker_lost(Call("greedy", None), worker, 12.0)
+    lost = worker_lost(Call("greedy", None, number=1), worker, 12.0)
     assert str(lost) == (
         "worker 5 was killed by SIGKILL, likely by the kernel for want of memory, while it ran task greedy"
     )

@@ -195,3 +195,25 @@ def test_a_reader_never_sees_a_call_with_another_start(board: Scoreboard) -> Non
                 assert found.started >= found.call
             found = board.read(0)
     assert worker.returncode == 0
+
+
+def test_a_worker_has_as_many_places_as_it_runs_calls() -> None:
+    board = Scoreboard.create(2, 3)
+    try:
+        first, *others = board.writer(1), *board.more_writers(1)
+        assert len(others) == 2
+        for number, writer in enumerate([first, *others], 7):
+            writer.begin(number, float(number))
+            writer.progress(number, 10, f"note {number}")
+        assert [slot.call for slot in board.running(1)] == [7, 8, 9] and board.running(0) == []
+        assert board.find(1, 8) == Slot(8, 8.0, 8.0, 10.0, "note 8")
+        assert board.find(0, 8) is None and board.find(1, 10) is None
+        assert repr(board) == "<Scoreboard 2 slots, 3 running>"
+        first.end()
+        assert [slot.call for slot in board.running(1)] == [8, 9]
+        board.clear(1)
+        assert board.running(1) == [] and board.read(1, 2) == Slot(0, 0.0, 0.0, 0.0)
+        with pytest.raises(IndexError, match="place 3 of 3"):
+            board.read(1, 3)
+    finally:
+        board.close()

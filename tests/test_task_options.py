@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from peers import WAIT
-from serving import Fifo
+from serving import Fifo, Served
 
-from acomm.client import Client
+from acomm.client import Client, connect
 from acomm.errors import CallCancelled, CallTimeout, ConnectionLost, TaskError
 from workers import launch
 
@@ -315,3 +315,97 @@ def test_workers_come_when_calls_wait(tmp_path: Path) -> None:
         release.close()
         for call in calls:
             call.result(WAIT)
+
+
+COROUTINES = """
+import asyncio, os
+from workers import task
+
+running = most = 0
+kept = []
+
+
+@task
+async def count() -> int:
+    return await together()
+
+
+@task(max_memory=500_000_000)
+async def limited() -> int:
+    return await together()
+
+
+@task(isolated=True)
+async def alone() -> int:
+    assert not kept
+    kept.append(1)
+    return os.getpid()
+
+
+@task(key="name")
+async def last(name: str, log: str) -> None:
+    with open(log, "a") as file:
+        file.write("begun ")
+    try:
+        await asyncio.sleep(1000)
+    except asyncio.CancelledError:
+        with open(log, "a") as file:
+            file.write("cancelled ")
+        raise
+
+
+@task
+async def keep(size: int) -> int:
+    kept.append(b"x" * size)
+    return os.getpid()
+
+
+async def together() -> int:
+    global running, most
+    running += 1
+    most = max(most, running)
+    await asyncio.sleep(0.005)
+    running -= 1
+    return most
+"""
+
+
+class TestCoroutines:
+    def test_as_many_overlap_as_the_command_line_says(self, tmp_path: Path) -> None:
+        (tmp_path / "co_tasks.py").write_text(COROUTINES)
+        module = str(tmp_path / "co_tasks.py")
+        with (
+            Served(tmp_path, "-w", "1", "--coroutines", "3", modules=(module,)) as served,
+            connect(served.url) as client,
+        ):
+            assert max(call.result(WAIT) for call in [client.submit("count") for _ in range(30)]) == 3
+
+    def test_what_is_about_a_process_is_alone_there(self, tmp_path: Path) -> None:
+        with serving(tmp_path, COROUTINES) as client:
+            limited = [client.submit("limited") for _ in range(5)]
+            assert {call.result(WAIT) for call in limited} == {1}
+            many = [client.submit(("count", "alone", "limited")[number % 3]) for number in range(30)]
+            results = [call.result(WAIT) for call in many]
+            assert len(set(results[1::3])) == 10
+            assert client.stats()["worker_restarts"] == 0
+
+    def test_a_run_that_is_shared_is_cancelled_with_the_last_of_its_calls(self, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        with serving(tmp_path, COROUTINES) as client:
+            before = pids(client.stats())
+            calls = [client.submit("last", "ann", str(log)) for _ in range(3)]
+            until(client, lambda stats: stats["counts"].get("joined") == 2 and log.exists())
+            (worker,) = client.stats()["workers"]
+            assert [call["task"] for call in worker["calls"]] == ["last"]
+            for call in calls:
+                assert client.cancel(call.id)
+                with pytest.raises(CallCancelled):
+                    call.result(WAIT)
+            assert log.read_text() == "begun cancelled "
+            assert pids(client.stats()) == before
+
+    def test_a_worker_that_has_grown_is_replaced(self, tmp_path: Path) -> None:
+        with serving(tmp_path, COROUTINES, max_worker_growth=30_000_000) as client:
+            results = {call.result(WAIT) for call in [client.submit("keep", 10_000_000) for _ in range(8)]}
+            until(client, lambda stats: not results & set(pids(stats)) and pids(stats))
+            assert client.stats()["worker_restarts"] == 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -32,6 +33,7 @@ class FakeSocket:
 
     def __init__(self) -> None:
         self.inbox: list[bytes] = []
+        self.FD = os.eventfd(0)
         self.sent: list[list[Answer]] = []
         self.changed = threading.Condition()
 

@@ -6,6 +6,7 @@ arrays, not maps, as thousands of them may ride in one message.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -18,6 +19,9 @@ READY = b"ready"
 
 STOP = b"stop"
 """The supervisor's last: finish what you have, then exit."""
+
+CANCEL = b"cancel"
+"""Begins a message with numbers of calls that are to be cancelled: `cancelling` makes it."""
 
 UNFIT = 77
 """The exit status of a worker whose like can never be READY."""
@@ -89,7 +93,10 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     and `origin` are for the Job. Workers hold at most `concurrency` calls of its task at a time (None:
     any number). `rank` is what it is queued by instead of its number, once it was put back in front.
     `streaming` is the URL of the call's own stream once it has one; `abandoned` is set when that has lost its
-    consumer.
+    consumer, and when the call is to be cancelled while it runs.
+
+    Of calls that overlap (those of coroutine tasks) a worker runs many at a time. They have a `concurrency`:
+    `lanes.UNLIMITED` at least. None is isolated or has a `max_memory`. `sent` is when a worker got one.
 
     Calls of a task that have the same `key` share a run while it is queued or runs: another Call, in their
     `run`, which has them all in `sharers`, by their numbers. See `workers.sharing`.
@@ -112,6 +119,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     stream_url: str | None = None
     origin: Origin | None = None
     concurrency: int | None = None
+    overlaps: bool = False
     number: int = 0
     rank: int = 0
     failed: int = 0
@@ -125,6 +133,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     max_memory: int | None = None
     run: Call | None = None
     sharers: dict[int, Call] | None = None
+    sent: float = 0.0
 
     @property
     def attempt(self) -> int:
@@ -142,6 +151,16 @@ class Call(msgspec.Struct, eq=False, weakref=True):
             self.stream_url,
             self.origin,
         )
+
+
+def cancelling(numbers: Sequence[int]) -> bytes:
+    """The message that has a worker cancel some of its calls that overlap, and go on with the others."""
+    return CANCEL + msgspec.msgpack.encode(numbers)
+
+
+def cancelled(message: bytes) -> list[int]:
+    """The numbers in such a message."""
+    return msgspec.msgpack.decode(message[len(CANCEL) :], type=list[int])
 
 
 class Outcome(msgspec.Struct, frozen=True, eq=False):

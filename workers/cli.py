@@ -97,6 +97,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="Worker processes; MIN:MAX: as many as there is work for.  [default: the CPUs that may be used]",
 )
 @click.option(
+    "--coroutines",
+    type=int,
+    metavar="N",
+    help="Calls of coroutine tasks that a worker runs at a time.  [default: 100]",
+)
+@click.option(
     "--max-tasks-per-child", type=int, metavar="N", help="Replace a worker process after so many calls."
 )
 @click.option(

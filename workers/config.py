@@ -32,14 +32,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The settings of a supervisor.
 
     `workers` processes (default: the processors that we may use) at most and `min_workers` (None: as many) at
-    least, each replaced after `max_tasks_per_child` calls (None: never) and when its memory has grown by
-    `max_worker_growth` bytes; `socket` is a path; `allow_uid` and `allow_gid` may connect besides us and
-    root; `allow_hook` are rules for where hooks and streams may lead besides (see `acomm.egress.Policy`);
-    `max_frame` in bytes; `drain_timeout` in seconds, and so is `forward_timeout`, for requests to other
-    services that bring no timeout of their own. `term_grace` is for how many seconds a task may clean up
-    whose time is over, or that is cancelled. With `capture`, receipts tell the last that a lost call printed,
-    and its stdout and stderr are pipes. `stream_expiry` is for how many seconds a task's stream waits for its
-    reader.
+    least, each running up to `coroutines` calls of coroutine tasks at a time, and replaced after
+    `max_tasks_per_child` calls (None: never) and when its memory has grown by `max_worker_growth` bytes;
+    `socket` is a path; `allow_uid` and `allow_gid` may connect besides us and root; `allow_hook` are rules
+    for where hooks and streams may lead besides (see `acomm.egress.Policy`); `max_frame` in bytes;
+    `drain_timeout` in seconds, and so is `forward_timeout`, for requests to other services that bring no
+    timeout of their own. `term_grace` is for how many seconds a task may clean up whose time is over, or that
+    is cancelled. With `capture`, receipts tell the last that a lost call printed, and its stdout and stderr
+    are pipes. `stream_expiry` is for how many seconds a task's stream waits for its reader.
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
 
@@ -53,6 +53,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     min_workers: Count | None = None
     max_tasks_per_child: Count | None = None
     max_worker_growth: Count | None = None
+    coroutines: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 100
     socket: Annotated[str, msgspec.Meta(min_length=1)] = msgspec.field(default_factory=default_socket)
     allow_uid: tuple[Uid, ...] = ()
     allow_gid: tuple[Uid, ...] = ()

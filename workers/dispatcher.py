@@ -22,14 +22,19 @@ meanwhile; but as long as no worker is idle, nobody is handed out, so that one b
 
 Calls with a key share a run (`workers.sharing`): that is what is queued and assigned, and when it ends, all
 of them have its outcome.
+
+Calls that overlap run many at a time in a worker, by count. How these and plain ones share the workers is in
+`workers.overlapping`. One that is to end is cancelled in its worker; only if that does not end it within
+GRACE, the worker is ended, and the others that it ran are tried again.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from acomm.deadlines import Deadlines
@@ -37,6 +42,7 @@ from workers.calls import ABANDONED, OUTGROWN, RETURNED, Answer, Call, Outcome
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, TaskError, WorkerLost
 from workers.lanes import Lanes, turn
 from workers.memory import megabytes
+from workers.overlapping import cost, goes_first, share, unplaced
 from workers.places import Places
 from workers.sharing import Shared
 
@@ -57,6 +63,12 @@ LEARNING = 1 / 16
 LEAST = 1e-6
 """Seconds that a call is taken to cost at least: nothing is free, and nothing joins a full window."""
 
+OVERLAP = 100
+"""Calls that overlap a worker may hold: they mostly wait, and a death costs all that run."""
+
+GRACE = 1.0
+"""Seconds that a call which is cancelled in its worker has to end: to clean up, not to go on."""
+
 MEMORY_CHECK = 0.05
 """Seconds between looks at the memory of a call whose task limits that: a look costs a thousandth of it, and
 within, a call may take some hundred MB more than it may."""
@@ -73,7 +85,7 @@ nothing yet are the last of them, as isolated calls can use them."""
 
 
 class Running(NamedTuple):
-    """What a worker runs now: the call's number (0: nothing) and since when."""
+    """A call that a worker runs now: its number (0: nothing, or others) and since when."""
 
     call: int
     started: float
@@ -87,8 +99,15 @@ class Doom(NamedTuple):
     at_once: bool = False
 
 
+class Plea(NamedTuple):
+    """A call to be cancelled in its worker, which goes on with its others."""
+
+    worker: int
+    call: int
+
+
 class _Worker:
-    __slots__ = ("calls", "doomed", "heard", "id", "idle", "left", "load", "retiring")
+    __slots__ = ("asked", "calls", "doomed", "heard", "id", "idle", "left", "load", "overlaps", "retiring")
 
     def __init__(self, id: int, now: float, left: int) -> None:
         self.id = id
@@ -97,6 +116,8 @@ class _Worker:
         self.load = 0.0
         self.idle = _FRESH  # what its load counts for while it holds nothing
         self.heard = now
+        self.overlaps = False  # of which kind its calls are, if it has any
+        self.asked: dict[int, AcommError] = {}  # calls that it is to cancel
         self.doomed: dict[int, AcommError] = {}  # calls for which it is being killed
         self.retiring = False
 
@@ -115,8 +136,14 @@ class Dispatcher:
     """
 
     def __init__(
-        self, *, window: float = WINDOW, max_window: int = MAX_WINDOW, max_tasks: int | None = None
+        self,
+        *,
+        window: float = WINDOW,
+        max_window: int = MAX_WINDOW,
+        max_tasks: int | None = None,
+        overlap: int = OVERLAP,
     ) -> None:
+        self.overlap = overlap
         self.window = window
         self.max_window = max_window
         self.max_tasks = max_tasks
@@ -130,6 +157,7 @@ class Dispatcher:
         self._order: list[int] = []
         self._lanes = Lanes()
         self._open = self._lanes.open  # looked at for every call
+        self._overlapping = Lanes()
         self._sharing = Shared()
         self._places = Places()
         self._stale = 0  # settled calls that are still in a queue
@@ -163,9 +191,9 @@ class Dispatcher:
 
     def cancel(
         self, number: int, now: float, running: Running, error: AcommError | None = None
-    ) -> Outcome | Doom | None:
-        """Give up a call. One that does not run has its outcome at once; for a running one, the worker to
-        kill is returned, and the outcome comes with its death. None: there is no such call.
+    ) -> Outcome | Doom | Plea | None:
+        """Give up a call. One that does not run has its outcome at once; for a running one, what is to be
+        done with its worker is returned, and the outcome comes later. None: there is nothing to do.
         """
         call = self._calls.get(number) or self._sharing.members.get(number)
         if call is None:
@@ -178,7 +206,7 @@ class Dispatcher:
             number = call.number
         worker = self._holder.get(number)
         if worker is not None and running.call == number:
-            return self._doom(worker, number, error)
+            return self._end(worker, call, now, error)
         if worker is not None:
             # It waits in a worker's window. Should it start all the same, and last, `due` finds it.
             self._limits.set(number, now + OVERDUE_CHECK)
@@ -188,7 +216,7 @@ class Dispatcher:
         if number in self._backoff:
             self._backoff.discard(number)
         elif call.concurrency is not None:
-            self._lanes.remove(call)
+            self._lane(call).remove(call)
         else:
             self._stale += 1
             if self._stale > self.queued:
@@ -198,8 +226,9 @@ class Dispatcher:
     def abandon(self, error: AcommError) -> list[Outcome]:
         """Give up all that is queued: there will be no worker for it."""
         waiting = self.waiting()
-        for call in self._lanes.waiting():
-            self._lanes.remove(call)
+        for lanes in (self._lanes, self._overlapping):
+            for call in lanes.waiting():
+                lanes.remove(call)
         for call in waiting:
             self._backoff.discard(call.number)
         outcomes = [self._settle(call, None, error) for call in waiting]
@@ -207,12 +236,14 @@ class Dispatcher:
         self._sweep()
         return outcomes
 
+    def run(self, number: int) -> int:
+        """The number by which workers know a call: that of the run that it shares, if it does."""
+        member = self._sharing.members.get(number)
+        return number if member is None or member.run is None else member.run.number
+
     def holder(self, number: int) -> int | None:
         """The worker that holds a call, or the run that it shares."""
-        member = self._sharing.members.get(number)
-        if member is not None and member.run is not None:
-            number = member.run.number
-        worker = self._holder.get(number)
+        worker = self._holder.get(self.run(number))
         return None if worker is None else worker.id
 
     def call(self, number: int) -> Call | None:
@@ -256,29 +287,45 @@ class Dispatcher:
 
     @property
     def idle(self) -> int:
-        """Workers that hold nothing and may be given something."""
-        return sum(not worker.calls and not worker.retiring for worker in self._workers.values())
+        """Workers that hold nothing and may be given something of what waits: while calls that overlap do
+        for want of room, it is not the one that they leave alone.
+        """
+        idle = sum(not worker.calls and not worker.retiring for worker in self._workers.values())
+        return idle - 1 if idle and self._overlapping.open and self._unplaced() else idle
 
     def backlog(self) -> tuple[int, float]:
         """How many calls another worker could take now, and the seconds that they will run, as far as that
-        can be predicted. Of a long queue a part is looked at.
+        can be predicted. Of a long queue a part is looked at. Of calls that overlap those count that find no
+        room in a worker, as many as it holds for one.
         """
         live = (call for queue in self._queues.values() for call in queue if not call.settled)
         part = [self._predicted.get(call.task, 0.0) for call in itertools.islice(live, BACKLOG_PART)]
         count = sum(map(len, self._queues.values())) - self._stale
         limited = self._lanes.startable(BACKLOG_PART)
         seconds = sum(part) / len(part) * count if part else 0.0
-        return count + len(limited), seconds + sum(self._predicted.get(call.task, 0.0) for call in limited)
+        count += len(limited)
+        seconds += sum(self._predicted.get(call.task, 0.0) for call in limited)
+        if self._overlapping.open and (unplaced := self._unplaced()):
+            count += math.ceil(len(unplaced) / self.overlap)
+            seconds += sum(self._predicted.get(call.task, 0.0) for call in unplaced) / self.overlap
+        return count, seconds
+
+    def _unplaced(self) -> list[Call]:
+        """Calls that overlap and that no worker has room for."""
+        calls = self._overlapping.startable(BACKLOG_PART)
+        return unplaced(calls, self._takers(), self.overlap, self._cost)
 
     def load(self, id: int) -> int:
         """How many calls a worker holds."""
         worker = self._workers.get(id)
         return len(worker.calls) if worker else 0
 
-    def worker_lost(self, id: int, running: int, lost: Callable[[Call], WorkerLost]) -> list[Outcome]:
-        """A worker is gone. The call that it ran pays for it; those that waited behind are queued again,
-        in front and uncounted. One for which the worker was ended gets the receipt. `lost` makes the error,
-        `running` is the number of the call (0: none).
+    def worker_lost(
+        self, id: int, running: Collection[int], lost: Callable[[Call], WorkerLost]
+    ) -> list[Outcome]:
+        """A worker is gone. The calls that it ran pay for it, unless we have ended it for one of them; the
+        others are queued again, in front and uncounted. One that was to end gets the receipt. `lost` makes
+        the error, `running` are the numbers of the calls.
         """
         worker = self._workers.pop(id, None)
         if worker is None:
@@ -291,15 +338,15 @@ class Dispatcher:
             del self._holder[number]
             self._limits.discard(number)
             if call.concurrency is not None:
-                self._lanes.release(call)
+                self._lane(call).release(call)
             if call.settled:
                 continue
-            doom = worker.doomed.get(number)
+            doom = worker.doomed.get(number) or worker.asked.get(number)
             if doom is not None:
                 # Even if it has just ended: its answer is lost, and it is not to run again.
                 doom.receipt = {**(lost(call).receipt or {}), **(doom.receipt or {})}
                 outcomes.append(self._settle(call, None, doom))
-            elif (number != running or worker.doomed) and not call.streaming:
+            elif (number not in running or worker.doomed) and not call.streaming:
                 # Waited behind, or started in the moment in which we killed the worker for another.
                 again.append(call)
             else:
@@ -342,13 +389,15 @@ class Dispatcher:
             return None
         self.assigned -= 1
         del self._holder[number]
+        asked = None
         if call.timeout is not None or call.settled or call.abandoned:
             self._limits.discard(number)
+            asked = worker.asked.pop(number, None)
         if call.concurrency is not None:
-            self._lanes.release(call)
-        if failure is not None and failure.code == RETURNED:
+            self._lane(call).release(call)
+        if failure is not None and failure.code == RETURNED and not asked:
             # It was behind one that lasts, and so would be whatever else its worker got.
-            worker.load = self.window if worker.calls else 0.0
+            worker.load = (worker.load - call.cost if call.overlaps else self.window) if worker.calls else 0.0
             if worker.left >= 0:
                 worker.left += 1
             if not call.settled:
@@ -365,7 +414,7 @@ class Dispatcher:
             return None
         if failure is None:
             return self._settle(call, answer.result, None)
-        doom = worker.doomed.get(number)
+        doom = worker.doomed.get(number) or asked
         if doom is not None:
             return self._settle(call, None, doom)
         call.failed += 1
@@ -411,10 +460,70 @@ class Dispatcher:
         batches: dict[int, list[Call]] = {}
         if self._places.kept:
             self._use_kept(now, batches)
+        if self._overlapping.open:
+            self._assign_both(now, batches)
+        else:
+            self._assign_plain(now, batches)
+        return iter(batches.items())
+
+    def _assign_both(self, now: float, batches: dict[int, list[Call]]) -> None:
+        if goes_first(self._overlapping, self._front(), self._takers(), self.overlap, self._cost):
+            if self._assign_overlapping(now, batches):
+                self._assign_plain(now, batches)
+            # Else the next worker that falls idle is for those that overlap.
+        else:
+            self._assign_plain(now, batches)
+            self._assign_overlapping(now, batches)
+
+    def _takers(self) -> list[_Worker]:
+        """The workers that may be given something."""
+        return [worker for worker in self._workers.values() if worker.left and not worker.retiring]
+
+    def _assign_overlapping(self, now: float, batches: dict[int, list[Call]]) -> bool:
+        """Hand out calls that overlap; whether any has found a worker."""
+        lanes, plain, found = self._overlapping, self._first_plain(), False
+        for worker, call in share(lanes, plain, self._takers(), self.overlap, now, self._cost):
+            found = True
+            self._take_front(call)
+            call.sent = now
+            call.cost = self._cost(call)
+            worker.overlaps = True
+            worker.idle = _USED
+            worker.load += call.cost
+            worker.calls[call.number] = call
+            worker.left -= 1
+            self._holder[call.number] = worker
+            self.assigned += 1
+            if call.timeout is not None:
+                self._limit(call, worker, now)
+            batches.setdefault(worker.id, []).append(call)
+        return found
+
+    def _first_plain(self) -> Call | None:
+        """The first plain call that waits for a worker. Isolated ones let others pass for which place is
+        being made.
+        """
+        call = self._front()
+        if call is None or not call.isolated:
+            return call
+        if self._places.made < self._lanes.count_isolated(self._next_turn(), len(self._workers)):
+            return call
+        self._lanes.put_isolated_aside()
+        call = self._front()
+        self._lanes.take_back()
+        return call
+
+    def _cost(self, call: Call) -> float:
+        """What a call that overlaps adds to the load of a worker."""
+        return cost(self._predicted.get(call.task))
+
+    def _assign_plain(self, now: float, batches: dict[int, list[Call]]) -> None:
         free = [
             (worker.load if worker.calls else worker.idle, worker.id, worker)
             for worker in self._workers.values()
-            if worker.left and not worker.retiring and (not worker.calls or now - worker.heard < STUCK)
+            if worker.left
+            and not worker.retiring
+            and (not worker.calls or (not worker.overlaps and now - worker.heard < STUCK))
         ]
         heapq.heapify(free)
         isolated = bool(self._open) and self._lanes.first_isolated() is not None
@@ -439,6 +548,7 @@ class Dispatcher:
             if not worker.calls:
                 worker.heard = now
                 worker.idle = _USED
+                worker.overlaps = False
             number = call.number
             call.cost = cost = window if cost is None else cost
             worker.load += cost
@@ -455,7 +565,6 @@ class Dispatcher:
                 heapq.heappop(free)
         if self._lanes.aside:
             self._lanes.take_back()
-        return iter(batches.items())
 
     def _limit(self, call: Call, worker: _Worker, now: float) -> None:
         """A call with limits goes to a worker."""
@@ -497,6 +606,7 @@ class Dispatcher:
         self._take_front(call)
         worker.heard = now
         worker.idle = _USED
+        worker.overlaps = False
         worker.left = 0
         call.cost = self._predicted.get(call.task, self.window)
         worker.load = call.cost
@@ -525,21 +635,21 @@ class Dispatcher:
         now: float,
         running: Callable[[int], Running],
         taken: Callable[[int, int], int] = lambda worker, limit: 0,
-    ) -> tuple[list[Outcome], list[Doom]]:
-        """What time brings: backoffs that end, deadlines and limits that pass. `running` tells what a
-        worker runs, and `taken(worker, limit)` the bytes that its call has taken, which need be exact only
-        above a limit.
+    ) -> tuple[list[Outcome], list[Doom | Plea]]:
+        """What time brings: backoffs that end, deadlines and limits that pass. `running` tells of a call, by
+        the number that workers know, whether its worker runs it, and `taken(worker, limit)` the bytes that a
+        worker's call has taken, which need be exact only above a limit.
         """
         for number in self._backoff.expired(now):
             self.queued -= 1
             self._enqueue(self._calls[number])
         outcomes: list[Outcome] = []
-        dooms: list[Doom] = []
+        dooms: list[Doom | Plea] = []
         for number in self._deadlines.expired(now):
             call = self._calls.get(number) or self._sharing.members[number]
             error = CallTimeout(f"the request timed out; task {call.task} had not finished")
-            holder = self.holder(number)
-            what = self.cancel(number, now, Running(0, 0.0) if holder is None else running(holder), error)
+            run = self.run(number)
+            what = self.cancel(number, now, running(run) if run in self._holder else Running(0, 0.0), error)
             if isinstance(what, Outcome):
                 outcomes.append(what)
             elif what is not None:
@@ -556,11 +666,14 @@ class Dispatcher:
         now: float,
         running: Callable[[int], Running],
         taken: Callable[[int, int], int],
-    ) -> Doom | None:
+    ) -> Doom | Plea | None:
         """A call's limit may have passed: by the start that its worker noted, not by when we sent it."""
         worker = self._holder[number]
         call = worker.calls[number]
-        runs = running(worker.id)
+        runs = running(number)
+        asked = worker.asked.get(number)
+        if asked is not None and runs.call == number:
+            return self._doom(worker, number, asked)
         given_up = call.settled or call.abandoned
         limit = OVERDUE_CHECK if given_up or call.timeout is None else call.timeout
         due = runs.started + limit if runs.call == number else now + min(limit, OVERDUE_CHECK)
@@ -578,7 +691,22 @@ class Dispatcher:
             error = CallCancelled(f"the consumer of task {call.task}'s stream has left, and it did not end")
         else:
             error = CallTimeout(f"task {call.task} ran longer than its limit of {limit:g} seconds")
-        return self._doom(worker, number, error)
+        return self._end(worker, call, now, error)
+
+    def _end(self, worker: _Worker, call: Call, now: float, error: AcommError) -> Doom | Plea | None:
+        """End a call that runs. None: its worker has been asked to, and has yet to do so."""
+        number = call.number
+        if not call.overlaps:
+            return self._doom(worker, number, error)
+        if number in worker.asked:
+            return None
+        call.abandoned = True
+        worker.asked[number] = error
+        self._limits.set(number, now + GRACE)
+        return Plea(worker.id, number)
+
+    def _lane(self, call: Call) -> Lanes:
+        return self._overlapping if call.overlaps else self._lanes
 
     def _doom(self, worker: _Worker, number: int, error: AcommError) -> Doom:
         worker.doomed.setdefault(number, error)
@@ -605,7 +733,7 @@ class Dispatcher:
         if front:
             call.rank = -call.number  # the last one that comes in front is the foremost
         if call.concurrency is not None:
-            self._lanes.add(call, front=front)
+            self._lane(call).add(call, front=front)
             return
         queue = self._queues.get(call.priority)
         if queue is None:
@@ -633,7 +761,7 @@ class Dispatcher:
         if call.concurrency is None:
             self._queues[call.priority].popleft()
         else:
-            self._lanes.take(call)
+            self._lane(call).take(call)
 
     def _sweep(self) -> None:
         """Drop the settled calls from the queues: a queue that nobody takes from must not keep them."""
@@ -679,7 +807,7 @@ class Dispatcher:
             return
         self.queued -= 1
         if run.concurrency is not None:
-            self._lanes.remove(run)
+            self._lane(run).remove(run)
         else:
             self._queues[run.priority].remove(run)  # a search, which few calls pay for
         run.priority, run.rank = priority, 0

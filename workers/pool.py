@@ -30,8 +30,8 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome
-from workers.dispatcher import Dispatcher, Doom, Running
+from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, cancelling
+from workers.dispatcher import OVERLAP, Dispatcher, Doom, Plea, Running
 from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.exchange import Exchange
@@ -39,7 +39,7 @@ from workers.memory import Gauges
 from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
 from workers.scaling import Load, Scaler
-from workers.scoreboard import Scoreboard
+from workers.scoreboard import Scoreboard, Slot
 from workers.streaming import Place
 from workers.worker import Settings
 
@@ -66,22 +66,6 @@ _answers = msgspec.msgpack.Decoder(list[Answer])
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class WorkerInfo(NamedTuple):
-    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
-    `note` its own word on that.
-    """
-
-    pid: int
-    state: str
-    finished: int
-    held: int
-    task: str | None
-    seconds: float
-    done: float
-    total: float
-    note: str
-
-
 class CallInfo(NamedTuple):
     """A call under way: "queued", "running" or "streaming", and what it says of its progress."""
 
@@ -93,6 +77,23 @@ class CallInfo(NamedTuple):
     note: str
 
 
+class WorkerInfo(NamedTuple):
+    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
+    `note` its own word on that. Where calls overlap this is the oldest, and `calls` are all.
+    """
+
+    pid: int
+    state: str
+    finished: int
+    held: int
+    task: str | None
+    seconds: float
+    done: float
+    total: float
+    note: str
+    calls: tuple[CallInfo, ...] = ()
+
+
 class Pool:
     """Runs calls in `workers` processes which have imported `modules`; with `min_workers`, in so many, and up
     to `workers` while there is work for them.
@@ -100,9 +101,10 @@ class Pool:
     `paths` go before `sys.path` there. A result over `max_result` bytes is a `too_large` error. Streams are
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
-    `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never). One
-    whose call has passed its limit, or is cancelled, gets `graces` to end. With `capture`, receipts tell what
-    workers printed, which a template passes on. `target` is what a worker runs, and `setup` is for workers of
+    `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never). Of
+    calls that overlap, those of coroutine tasks, a worker runs `coroutines` at a time. One whose call has
+    passed its limit, or is cancelled, gets `graces` to end. With `capture`, receipts tell what workers
+    printed, which a template passes on. `target` is what a worker runs, and `setup` is for workers of
     another kind than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up. `exchange`,
@@ -125,6 +127,7 @@ class Pool:
         url: str | None = None,
         max_tasks_per_child: int | None = None,
         max_worker_growth: int | None = None,
+        coroutines: int = OVERLAP,
         target: str = "workers.worker:main",
         setup: bytes = b"",
         graces: Graces | None = None,
@@ -139,6 +142,9 @@ class Pool:
             raise ConfigError(f"a worker needs at least one call to run, not {max_tasks_per_child}")
         if max_worker_growth is not None and max_worker_growth < 1:
             raise ConfigError(f"a worker needs some memory to grow by, not {max_worker_growth} bytes")
+        if coroutines < 1:
+            raise ConfigError(f"a worker needs at least one coroutine to run, not {coroutines}")
+        self.coroutines = coroutines
         self.modules = tuple(modules)
         self.paths = tuple(paths)
         self.size = workers
@@ -150,7 +156,7 @@ class Pool:
         self.setup = setup
         self.claim: Callable[[Call], bool] | None = None
         self.exchange: Exchange | None = None
-        self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child)
+        self.dispatcher = Dispatcher(max_tasks=max_tasks_per_child, overlap=coroutines)
         self._processes = Processes(
             workers,
             wanted=self.least,
@@ -184,7 +190,7 @@ class Pool:
         with contextlib.ExitStack() as made:
             self._folder = _private_folder()
             made.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._scoreboard = Scoreboard.create(self.size)
+            self._scoreboard = Scoreboard.create(self.size, self.coroutines)
             made.callback(self._scoreboard.close)
             self._context = zmq.Context(io_threads=1)
             made.callback(self._context.term)
@@ -260,36 +266,44 @@ class Pool:
         return [self._info(worker, now) for worker in self._processes.all() if worker.status is None]
 
     def _info(self, worker: Worker, now: float) -> WorkerInfo:
-        slot = self._processes.slot(worker)
-        call = self.dispatcher.call(slot.call)
+        calls = self._running(worker, now)
+        first = max(calls, key=lambda call: call.seconds, default=None)
         return WorkerInfo(
             pid=worker.pid,
             state="starting" if not worker.ready else "stopping" if worker.stopping else "ready",
             finished=worker.finished,
             held=self.dispatcher.load(worker.token),
-            task=call.task if call else None,
-            seconds=now - slot.started if call else 0.0,
-            done=slot.done if call else 0.0,
-            total=slot.total if call else 0.0,
-            note=printable(slot.note) if call else "",
+            task=first.task if first else None,
+            seconds=first.seconds if first else 0.0,
+            done=first.done if first else 0.0,
+            total=first.total if first else 0.0,
+            note=first.note if first else "",
+            calls=tuple(calls),
         )
+
+    def _running(self, worker: Worker, now: float) -> list[CallInfo]:
+        """What a worker runs, without the calls that are given up."""
+        slots = self._processes.running(worker)
+        return [
+            _under_way(call, slot, now)
+            for slot in slots
+            if (call := self.dispatcher.call(slot.call)) is not None
+        ]
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is that has not ended."""
         call = call.run or call
-        holder = self.dispatcher.holder(call.number)
-        worker = None if holder is None else self._processes.get(holder)
-        slot = None if worker is None else self._processes.slot(worker)
-        if slot is None or slot.call != call.number:
+        slot = self._slot_of(call.number)
+        if slot is None:
             return CallInfo("streaming" if call.streaming else "queued", call.task, 0.0, 0.0, 0.0, "")
-        return CallInfo(
-            state="streaming" if call.streaming else "running",
-            task=call.task,
-            seconds=time.monotonic() - slot.started,
-            done=slot.done,
-            total=slot.total,
-            note=printable(slot.note),
-        )
+        return _under_way(call, slot, time.monotonic())
+
+    def _slot_of(self, number: int) -> Slot | None:
+        """The slot of a call that runs, or of the run that it shares."""
+        number = self.dispatcher.run(number)
+        holder = self.dispatcher.holder(number)
+        worker = None if holder is None else self._processes.get(holder)
+        return None if worker is None else self._processes.slot_of(worker, number)
 
     # -- the engine's three verbs -------------------------------------------------------------------
 
@@ -298,13 +312,16 @@ class Pool:
         return self.dispatcher.submit(call)
 
     def cancel(self, number: int) -> Outcome | None:
-        """Give up a call; the worker of a running one is ended, and its outcome comes later."""
+        """Give up a call. The worker of a running one is ended, but if it overlaps others it is cancelled
+        there; its outcome comes later.
+        """
         now = time.monotonic()
         what = self.dispatcher.cancel(number, now, self._running_of(number))
-        if isinstance(what, Doom):
+        if isinstance(what, Outcome):
+            return what
+        if what is not None:
             self._carry_out(what)
-            return None
-        return what
+        return None
 
     def fileno(self) -> int:
         """Readable when `process_events` has something to do."""
@@ -481,6 +498,7 @@ class Pool:
             identity=worker.identity,
             slot=worker.slot,
             slots=self.size,
+            places=self.coroutines,
             modules=self.modules,
             paths=self.paths,
             max_result=self.max_result,
@@ -512,7 +530,7 @@ class Pool:
             if self.exchange is not None:
                 self.exchange.died(worker.identity)
             lost = functools.partial(worker_lost, worker=worker, now=now)
-            outcomes += self.dispatcher.worker_lost(worker.token, worker.running.call, lost)
+            outcomes += self.dispatcher.worker_lost(worker.token, worker.running, lost)
 
     def _still_connected(self, worker: Worker) -> bool:
         """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
@@ -526,7 +544,7 @@ class Pool:
 
     def _tick(self, now: float, outcomes: list[Outcome]) -> None:
         if self._is_due(now):
-            ended, dooms = self.dispatcher.due(now, self._running, self._gauges.taken)
+            ended, dooms = self.dispatcher.due(now, self._running_of, self._gauges.taken)
             outcomes += ended
             for doom in dooms:
                 self._carry_out(doom)
@@ -549,20 +567,17 @@ class Pool:
         self._catch_up = None
         return True
 
-    def _running(self, token: int) -> Running:
-        worker = self._processes.get(token)
-        if worker is None:
-            return Running(0, 0.0)
-        slot = self._processes.slot(worker)
-        return Running(slot.call, slot.started)
-
     def _running_of(self, number: int) -> Running:
-        holder = self.dispatcher.holder(number)
-        return Running(0, 0.0) if holder is None else self._running(holder)
+        slot = self._slot_of(number)
+        return Running(0, 0.0) if slot is None else Running(slot.call, slot.started)
 
-    def _carry_out(self, doom: Doom) -> None:
+    def _carry_out(self, doom: Doom | Plea) -> None:
         worker = self._processes.get(doom.worker)
-        if worker is not None:
+        if worker is None:
+            return
+        if isinstance(doom, Plea):
+            self._send(worker, cancelling([doom.call]))
+        else:
             worker.stopping = True
             if doom.at_once:
                 self._kill(worker)
@@ -572,6 +587,17 @@ class Pool:
     def _kill(self, worker: Worker) -> None:
         if self._processes.kill(worker):
             self.dispatcher.retire(worker.token)
+
+
+def _under_way(call: Call, slot: Slot, now: float) -> CallInfo:
+    return CallInfo(
+        state="streaming" if call.streaming else "running",
+        task=call.task,
+        seconds=now - slot.started,
+        done=slot.done,
+        total=slot.total,
+        note=printable(slot.note),
+    )
 
 
 def _peer_pid(frame: zmq.Frame) -> int:

@@ -34,9 +34,9 @@ LEAVE_TIMEOUT = 5.0
 class Worker:
     """A worker process, from the wish for one until its death is settled.
 
-    `status` is None while it lives, then its exit code (below 0: the signal); `running` is what its slot of
-    the scoreboard said when it died, `said` the last of what it printed, `oom` whether it was likely the
-    kernel's OOM killer.
+    `status` is None while it lives, then its exit code (below 0: the signal); `running` are the calls that it
+    ran when it died, by what the scoreboard said, `said` the last of what it printed, `oom` whether it was
+    likely the kernel's OOM killer.
     """
 
     __slots__ = ("cpu", "ended", "finished", "identity", "killed", "max_rss", "oom", "peer_pid", "pid",
@@ -55,7 +55,7 @@ class Worker:
         self.killed = False
         self.ended = False
         self.status: int | None = None
-        self.running = Slot(0, 0.0, 0.0, 0.0)
+        self.running: dict[int, Slot] = {}
         self.max_rss = 0
         self.cpu = 0.0
         self.said: tuple[Said, ...] = ()
@@ -170,9 +170,17 @@ class Processes:
         """By its name on the pool's socket."""
         return self._by_identity.get(identity)
 
-    def slot(self, worker: Worker) -> Slot:
+    def running(self, worker: Worker) -> list[Slot]:
         """What it runs, or ran when it died."""
-        return self._scoreboard.read(worker.slot) if worker.status is None else worker.running
+        if worker.status is None:
+            return self._scoreboard.running(worker.slot)
+        return list(worker.running.values())
+
+    def slot_of(self, worker: Worker, call: int) -> Slot | None:
+        """The slot of a call, if it runs that, or ran it when it died."""
+        if worker.status is None:
+            return self._scoreboard.find(worker.slot, call)
+        return worker.running.get(call)
 
     # -- one of them --------------------------------------------------------------------------------
 
@@ -316,7 +324,7 @@ class Processes:
         if self.alive + len(self._wanted) >= self.wanted:
             return
         pause = 0.0
-        if not worker.finished and not worker.running.call:
+        if not worker.finished and not worker.running:
             if not worker.stopping:
                 self._budget.note(now)
             pause = self._budget.pause(now)
@@ -326,7 +334,7 @@ class Processes:
             self._fork(worker.slot, now)
 
     def _bury(self, worker: Worker, status: int) -> None:
-        worker.running = self._scoreboard.read(worker.slot)
+        worker.running = {slot.call: slot for slot in self._scoreboard.running(worker.slot)}
         worker.status = status
         if not worker.ready:
             self.starting -= 1

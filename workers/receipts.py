@@ -12,6 +12,7 @@ from typing import Any
 from workers.calls import Call
 from workers.errors import WorkerLost, printable
 from workers.processes import Worker
+from workers.scoreboard import Slot
 from workers.tails import DUMP, STDERR, STDOUT, text_since
 
 
@@ -20,8 +21,11 @@ def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:
 
     What the worker printed is what was read since the call began. That is some moments after it was written,
     so the last words of a call just before may be in it, never those of one that had ended earlier.
+    Of calls that overlap it is what all of them have printed since.
     """
     status = worker.status or 0
+    # A call pays also that has just ended: if it streamed, or the worker was ended for it.
+    ran = worker.running.get(call.number, Slot(0, now, 0.0, 0.0))
     if status < 0:
         try:
             how = f"was killed by {signal.Signals(-status).name}"
@@ -35,19 +39,19 @@ def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:
         "attempt": call.attempt,
         "signal": -status if status < 0 else None,
         "exit_status": status if status >= 0 else None,
-        "ran_seconds": round(max(now - worker.running.started, 0.0), 6),
+        "ran_seconds": round(max(now - ran.started, 0.0), 6),
         "max_rss": worker.max_rss,
         "cpu_seconds": round(worker.cpu, 6),
         "calls_before": worker.finished,
     }
-    if worker.running.done or worker.running.total:
-        receipt["progress"] = {"done": worker.running.done, "total": worker.running.total}
-        if worker.running.note:
-            receipt["progress"]["note"] = printable(worker.running.note)
+    if ran.done or ran.total:
+        receipt["progress"] = {"done": ran.done, "total": ran.total}
+        if ran.note:
+            receipt["progress"]["note"] = printable(ran.note)
     if worker.oom:
         receipt["oom_killer"] = "likely"
         how += ", likely by the kernel for want of memory,"
     for name, stream in (("dump", DUMP), ("stdout", STDOUT), ("stderr", STDERR)):
-        if text := text_since(worker.said, stream, worker.running.started):
+        if text := text_since(worker.said, stream, ran.started):
             receipt[name] = text
     return WorkerLost(f"worker {worker.pid} {how} while it ran task {call.task}", receipt=receipt)

@@ -96,8 +96,9 @@ class Task(Generic[P, R]):
 
     `name` is what callers send, `function` what runs, `module` where it is imported from,
     `location` where it is written ("app/tasks.py:12"). `timeout` is in seconds per attempt. `streams`:
-    the function is a generator's, plain or asynchronous, and its items go to the caller one by one. Made
-    by `@task`, which explains the rest.
+    the function is a generator's, plain or asynchronous, and its items go to the caller one by one.
+    `overlaps`: it is a coroutine's, and a worker runs many calls of it at a time. Made by `@task`, which
+    explains the rest.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class Task(Generic[P, R]):
         self.key = run.key
         self.isolated = run.isolated
         self.max_memory = run.max_memory
+        # Not with others in its process: those options are for all that runs there.
+        self.overlaps = self.is_coroutine and not self.isolated and self.max_memory is None
         self._call_key: CallKey | None = None
         if self.key is not None:
             try:

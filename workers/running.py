@@ -27,8 +27,9 @@ _ended = _Ended()
 class Context(msgspec.Struct, eq=False, gc=False):
     """The call that a task runs now.
 
-    `cancelled` turns true when nobody wants the rest of a stream any more: its consumer has left, and the
-    call should end. In any other call that is cancelled, SystemExit is raised.
+    `cancelled` turns true when the call should end: nobody wants the rest of a stream any more, as its
+    consumer has left, or a coroutine is being cancelled. In any other call that is cancelled, SystemExit is
+    raised.
     """
 
     _job: Job

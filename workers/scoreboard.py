@@ -1,5 +1,8 @@
 """The scoreboard: shared memory, a slot per running call: what runs, since when, how far.
 
+A worker has as many slots in a row as it runs calls at a time: `slot` is the worker's number, `place` one of
+its own. One that runs plain calls uses place 0 alone.
+
     slot: 128 bytes, two cache lines, so that workers do not slow each other down
     +---------+-----------+----------+-----------+-----------+---------------------+
     | call u64| start f64 | done f64 | total f64 | length u8 | note, 95 bytes UTF-8|
@@ -96,47 +99,50 @@ class SlotWriter:
 
 
 class Scoreboard:
-    """Shared memory with `slots` slots: made by `create` in the supervisor, by `attach` in a worker."""
+    """Shared memory with `slots` times `places` slots: made by `create` in the supervisor, by `attach` in a
+    worker.
+    """
 
-    def __init__(self, fd: int, slots: int, *, owns_fd: bool) -> None:
+    def __init__(self, fd: int, slots: int, places: int = 1, *, owns_fd: bool) -> None:
         self.slots = slots
+        self.places = places
         self.fd = fd
         self._owns_fd = owns_fd
-        self._map = mmap.mmap(fd, _size(slots))
+        self._map = mmap.mmap(fd, _size(slots * places))
         self._bytes = memoryview(self._map)
         self._integers = self._bytes.cast("Q")
         self._numbers: memoryview[float] = self._bytes.cast("d")
         self._views: list[memoryview[Any]] = [self._numbers, self._integers, self._bytes]
 
     @classmethod
-    def create(cls, slots: int) -> Scoreboard:
+    def create(cls, slots: int, places: int = 1) -> Scoreboard:
         """Supervisor: a new one, all idle. `fd` is what a worker attaches to; it is close-on-exec."""
-        if slots < 1:
-            raise ValueError(f"a scoreboard needs at least one slot, not {slots}")
+        if slots < 1 or places < 1:
+            raise ValueError(f"a scoreboard needs at least one slot and place, not {slots} and {places}")
         fd = os.memfd_create("acomm-scoreboard", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, _size(slots))
+            os.ftruncate(fd, _size(slots * places))
             # A worker that truncated it would kill the supervisor with SIGBUS.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            return cls(fd, slots, owns_fd=True)
+            return cls(fd, slots, places, owns_fd=True)
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def attach(cls, fd: int, slots: int) -> Scoreboard:
+    def attach(cls, fd: int, slots: int, places: int = 1) -> Scoreboard:
         """Worker: map the scoreboard of an inherited `fd`, which the caller still owns and may close."""
-        return cls(fd, slots, owns_fd=False)
+        return cls(fd, slots, places, owns_fd=False)
 
     def __repr__(self) -> str:
         if not self._views:
             return "<Scoreboard closed>"
-        running = sum(1 for slot in range(self.slots) if self.read(slot).call)
+        running = sum(len(self.running(slot)) for slot in range(self.slots))
         return f"<Scoreboard {self.slots} slots, {running} running>"
 
-    def read(self, slot: int) -> Slot:
-        """A copy of `slot`, as consistent as the module's docstring says."""
-        base = self._base(slot)
+    def read(self, slot: int, place: int = 0) -> Slot:
+        """A copy of a slot, as consistent as the module's docstring says."""
+        base = self._base(slot, place)
         integers, numbers = self._integers, self._numbers
         for _ in range(_READ_TRIES):
             call = integers[base + _CALL]
@@ -145,11 +151,29 @@ class Scoreboard:
                 numbers[base + _STARTED],
                 numbers[base + _DONE],
                 numbers[base + _TOTAL],
-                self._note(slot * SLOT_SIZE),
+                self._note(base * 8),
             )
             if integers[base + _CALL] == call:
                 break
         return found
+
+    def running(self, slot: int) -> list[Slot]:
+        """What the worker of `slot` runs."""
+        places = [place for place, call in enumerate(self._calls(slot)) if call]
+        return [found for place in places if (found := self.read(slot, place)).call]
+
+    def find(self, slot: int, call: int) -> Slot | None:
+        """The slot of a call, if the worker of `slot` runs it; some microseconds, however many run."""
+        try:
+            found = self.read(slot, self._calls(slot).index(call))
+        except ValueError:
+            return None
+        return found if found.call == call else None
+
+    def _calls(self, slot: int) -> list[int]:
+        """The calls' numbers of all places, in one stroke."""
+        base = self._base(slot)
+        return self._integers[base : base + self.places * _WORDS : _WORDS].tolist()
 
     def _note(self, start: int) -> str:
         length = min(self._bytes[start + _LENGTH], NOTE_SIZE)
@@ -160,18 +184,23 @@ class Scoreboard:
     def clear(self, slot: int) -> None:
         """Make `slot` idle, for the next worker. Only when no worker writes it: the old one is dead."""
         base = self._base(slot)
-        self._integers[base + _CALL] = 0
-        for field in (_STARTED, _DONE, _TOTAL):
-            self._numbers[base + field] = 0.0
-        self._bytes[slot * SLOT_SIZE + _LENGTH] = 0
+        for first in range(base, base + self.places * _WORDS, _WORDS):
+            self._integers[first + _CALL] = 0
+            for field in (_STARTED, _DONE, _TOTAL):
+                self._numbers[first + field] = 0.0
+            self._bytes[first * 8 + _LENGTH] = 0
 
-    def writer(self, slot: int) -> SlotWriter:
-        """Worker: the writer of `slot`; one writer a slot at a time."""
-        base = self._base(slot)
+    def writer(self, slot: int, place: int = 0) -> SlotWriter:
+        """Worker: the writer of a slot; one writer a slot at a time."""
+        base = self._base(slot, place)
         call, numbers = self._integers[base : base + 1], self._numbers[base : base + _WORDS]
-        text = self._bytes[slot * SLOT_SIZE + _LENGTH : (slot + 1) * SLOT_SIZE]
+        text = self._bytes[base * 8 + _LENGTH : base * 8 + SLOT_SIZE]
         self._views[:0] = [call, numbers, text]
         return SlotWriter(call, numbers, text)
+
+    def more_writers(self, slot: int) -> list[SlotWriter]:
+        """Worker: the writers of all further places, besides `writer(slot)`."""
+        return [self.writer(slot, place) for place in range(1, self.places)]
 
     def close(self) -> None:
         """Unmap it; readers and writers of this object raise ValueError from then on."""
@@ -184,10 +213,12 @@ class Scoreboard:
         if self._owns_fd:
             os.close(self.fd)
 
-    def _base(self, slot: int) -> int:
+    def _base(self, slot: int, place: int = 0) -> int:
         if not 0 <= slot < self.slots:
             raise IndexError(f"slot {slot} of {self.slots}")
-        return slot * _WORDS
+        if not 0 <= place < self.places:
+            raise IndexError(f"place {place} of {self.places}")
+        return (slot * self.places + place) * _WORDS
 
 
 def _size(slots: int) -> int:

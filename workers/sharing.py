@@ -82,6 +82,7 @@ def _run(call: Call) -> Call:
         backoff=call.backoff,
         origin=call.origin,
         concurrency=call.concurrency,
+        overlaps=call.overlaps,
         key=call.key,
         isolated=call.isolated,
         max_memory=call.max_memory,

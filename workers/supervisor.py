@@ -51,7 +51,7 @@ from workers.errors import (
 )
 from workers.handlerthreads import HandlerThreads
 from workers.lanes import UNLIMITED
-from workers.pool import CallInfo, Pool
+from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
@@ -112,6 +112,7 @@ class Supervisor:
             max_worker_growth=self.config.max_worker_growth,
             graces=Graces(term=self.config.term_grace),
             capture=self.config.capture,
+            coroutines=self.config.coroutines,
         )
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
@@ -625,9 +626,13 @@ class Supervisor:
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
             "pool": {"workers": self.pool.wanted, "min": self.pool.least, "max": self.pool.size},
-            "workers": [worker._asdict() for worker in self.pool.workers()],
+            "workers": [_told(worker) for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+def _told(worker: WorkerInfo) -> dict[str, Any]:
+    return {**worker._asdict(), "calls": [call._asdict() for call in worker.calls]}
 
 
 def _place(config: Config) -> Place:
@@ -641,6 +646,7 @@ def _place(config: Config) -> Place:
 
 def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:
     retry = task.retry
+    in_lane = task.isolated or task.overlaps
     return Call(
         task.name,
         None if request.args is None else bytes(request.args),
@@ -648,7 +654,8 @@ def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | N
         tag=request,
         priority=request.priority or task.priority,
         timeout=math.inf if task.timeout is None and task.max_memory is not None else task.timeout,
-        concurrency=UNLIMITED if task.isolated and task.concurrency is None else task.concurrency,
+        concurrency=UNLIMITED if in_lane and task.concurrency is None else task.concurrency,
+        overlaps=task.overlaps,
         isolated=task.isolated,
         max_memory=task.max_memory,
         deadline=None if request.timeout is None else time.monotonic() + request.timeout,

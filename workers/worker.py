@@ -3,7 +3,8 @@
 It speaks first (`READY`), runs what it is sent one by one, and marks in its slot of the scoreboard what
 it runs. Answers wait for each other only while the calls are tiny, never behind one that is expected to
 last. If one lasts all the same, a helper thread sends the finished answers and gives back the calls that
-wait behind it; it cannot while C code holds the GIL.
+wait behind it; it cannot while C code holds the GIL. Calls of coroutine tasks overlap instead, in
+`workers.coroutines`; meanwhile there is nothing for the helper to do.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ import msgspec
 import zmq
 
 from acomm.egress import Policy
-from workers import memory, memorylimit, softlimit, streaming
-from workers.calls import ABANDONED, OUTGROWN, READY, RETURNED, STOP, Answer, Failure, Job
+from workers import coroutines, memory, memorylimit, softlimit, streaming
+from workers.calls import ABANDONED, CANCEL, OUTGROWN, READY, RETURNED, STOP, Answer, Failure, Job
+from workers.coroutines import Overlap
 from workers.errors import BadArgs, SoftTimeout, TooLarge
 from workers.forked import Terminated, end_copy
 from workers.registry import Registry, Task, encode_result
@@ -48,7 +50,13 @@ MAX_MESSAGE, MAX_TRACEBACK = 2000, 20_000
 """Characters of an exception's text that travel."""
 
 _LINGER_MS = 2000
-_OWN_FILES = (__file__, memorylimit.__file__, softlimit.__file__, streaming.__file__)
+_OWN_FILES = (
+    __file__,
+    coroutines.__file__,
+    memorylimit.__file__,
+    softlimit.__file__,
+    streaming.__file__,
+)
 
 _jobs = msgspec.msgpack.Decoder(list[Job])
 _encode = msgspec.msgpack.Encoder().encode
@@ -61,6 +69,7 @@ class Settings(msgspec.Struct):
     identity: bytes
     slot: int
     slots: int
+    places: int
     modules: tuple[str, ...]
     paths: tuple[str, ...]
     max_result: int
@@ -89,7 +98,7 @@ def serve(
     settings: Settings, fds: list[int], make: Callable[[zmq.Socket[bytes], SlotWriter], Worker]
 ) -> None:
     """Connect, say READY, and run the worker that `make` makes until it is told to stop."""
-    scoreboard = Scoreboard.attach(fds[0], settings.slots)
+    scoreboard = Scoreboard.attach(fds[0], settings.slots, settings.places)
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, settings.identity)
@@ -101,6 +110,7 @@ def serve(
         worker = make(socket, scoreboard.writer(settings.slot))
         if settings.max_growth is not None:
             worker.limit_growth(settings.max_growth)
+        worker.more_slots = lambda: scoreboard.more_writers(settings.slot)
         signal.signal(signal.SIGTERM, worker.terminate)
         socket.send(READY)
         worker.run()
@@ -129,6 +139,9 @@ class Worker:
         self._pid = os.getpid()
         tasks = {name: Runnable(task, self._run_coroutine) for name, task in registry.items()}
         self._find: Callable[[str], Runnable | None] = tasks.get
+        self._overlapping = {name: tasks[name] for name, task in registry.items() if task.overlaps}
+        self._overlap: Overlap | None = None
+        self.more_slots: Callable[[], list[SlotWriter]] = list  # for calls that overlap, besides the one
         self._runner: asyncio.Runner | None = None
         self._jobs: deque[Job] = deque()
         self._stopping = False
@@ -159,9 +172,14 @@ class Worker:
         threading.Thread(target=self._relieve, name="acomm-relief", daemon=True).start()
         try:
             while not self._stopping and (message := self._socket.recv()) != STOP:
-                self._run_all(_jobs.decode(message))
-                if self._outgrown is not None and self._outgrown():
-                    self._socket.send(_encode([Answer(0, 0.0, None, Failure(OUTGROWN, ""))]))
+                if self._overlapping and message.startswith(CANCEL):
+                    continue  # what is to be cancelled has ended
+                batch = _jobs.decode(message)
+                if self._overlapping and batch and batch[0].task in self._overlapping:
+                    self._run_overlapping(batch)
+                else:
+                    self._run_all(batch)
+                self._look_grown()
         except Terminated:
             with self._lock:
                 self._begun = 0.0  # the helper leaves the socket alone
@@ -180,12 +198,35 @@ class Worker:
         if not self._terminated:
             self._terminated = self._stopping = True
             self._jobs.clear()
+            if self._overlap is None or self._overlap.terminate():
+                raise Terminated
+
+    def _look_grown(self) -> None:
+        """Between batches: ask, once, to be replaced if this process has grown too much."""
+        if self._outgrown is not None and self._outgrown():
+            self._outgrown = None
+            self._socket.send(_encode([Answer(0, 0.0, None, Failure(OUTGROWN, ""))]))
+
+    def _run_overlapping(self, batch: list[Job]) -> None:
+        if self._overlap is None:
+            slots = [self._slot, *self.more_slots()]
+            find = self._overlapping.get
+            self._overlap = Overlap(
+                self._socket, slots, find, failure_of, self._max_result, self._policy, self._look_grown
+            )
+        self._jobs.extend(batch)
+        goes_on = self._overlap.run(self._event_loop(), self._jobs)
+        if self._terminated:
             raise Terminated
+        self._stopping = not goes_on
+        self._end_loop()
+        if self._jobs:
+            self._run_all([])
 
     def _run_all(self, batch: list[Job]) -> None:
         jobs = self._jobs
         jobs.extend(batch)
-        if len(batch) > 1:
+        if len(jobs) > 1:
             self._batch.set()
         held_since = now = time.monotonic()
         while jobs:
@@ -239,7 +280,8 @@ class Worker:
         jobs = self._jobs
         with suppress(zmq.Again):
             while (message := self._socket.recv(zmq.NOBLOCK)) != STOP:
-                jobs.extend(_jobs.decode(message))
+                if not message.startswith(CANCEL):
+                    jobs.extend(_jobs.decode(message))
             self._stopping = True
         with suppress(IndexError):
             while True:
@@ -302,22 +344,31 @@ class Worker:
                 self._flush()
 
     def _run_coroutine(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._runner is None:
-            self._runner = asyncio.Runner()
-        runner = self._runner
+        self._event_loop()
+        assert self._runner is not None
         try:
             # The runner's own context is of its first call.
-            return runner.run(function(*args, **kwargs), context=contextvars.copy_context())
+            return self._runner.run(function(*args, **kwargs), context=contextvars.copy_context())
         finally:
-            if asyncio.all_tasks(runner.get_loop()):
-                self._runner = None  # what a call leaves behind ends with it
-                runner.close()
+            self._end_loop()
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.get_loop()
+
+    def _end_loop(self) -> None:
+        """End the event loop if something has been left there; it ends with it."""
+        runner = self._runner
+        if runner is not None and asyncio.all_tasks(runner.get_loop()):
+            self._runner = None
+            runner.close()
 
 
 class Runnable:
     """A task as the worker uses it: everything looked up once."""
 
-    __slots__ = ("bind", "call", "expected", "is_async", "retry_on", "streams")
+    __slots__ = ("bind", "call", "expected", "function", "is_async", "retry_on", "streams")
 
     def __init__(self, task: Task[..., Any], run_coroutine: Callable[..., Any]) -> None:
         function = task.function
@@ -329,6 +380,7 @@ class Runnable:
         self.bind = task.bind
         self.retry_on: tuple[type[BaseException], ...] = task.retry.on if task.retry else ()
         self.expected = math.inf
+        self.function = function
         self.call: Callable[..., Any] = function
         self.streams = task.streams
         self.is_async = task.streams and inspect.isasyncgenfunction(function)
