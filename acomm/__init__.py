@@ -9,7 +9,6 @@ for the supervisor and its process pool.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from acomm.channel import send, send_sync
 from acomm.errors import (
     AcommError,
     AddressInUse,
@@ -31,29 +30,33 @@ from acomm.errors import (
     Unreachable,
     WorkerLost,
 )
-from acomm.listener import Connection, Peer, UnixListener, send_conn_data, unmarshal_conn_data
-from acomm.messages import Handlers, Request, Response
-from acomm.tracker import Tracker
 
 if TYPE_CHECKING:
     from acomm.calls import Call, Progress
+    from acomm.channel import send, send_sync
     from acomm.client import Client, connect, default_client
     from acomm.itemstream import Stream
+    from acomm.listener import Connection, Peer, UnixListener, send_conn_data, unmarshal_conn_data
+    from acomm.messages import Handlers, Request, Response
     from acomm.multi import MultiRequest, gather
     from acomm.streamreaders import open_stream, stream
+    from acomm.tracker import Tracker
 
 # Loaded when they are first used: many programs, workers among them, need none of these.
 _homes = {
-    "Call": "acomm.calls",
-    "Client": "acomm.client",
-    "MultiRequest": "acomm.multi",
-    "Progress": "acomm.calls",
-    "Stream": "acomm.itemstream",
-    "connect": "acomm.client",
-    "default_client": "acomm.client",
-    "gather": "acomm.multi",
-    "open_stream": "acomm.streamreaders",
-    "stream": "acomm.streamreaders",
+    name: f"acomm.{module}"
+    for module, names in {
+        "calls": "Call Progress",
+        "channel": "send send_sync",
+        "client": "Client connect default_client",
+        "itemstream": "Stream",
+        "listener": "Connection Peer UnixListener send_conn_data unmarshal_conn_data",
+        "messages": "Handlers Request Response",
+        "multi": "MultiRequest gather",
+        "streamreaders": "open_stream stream",
+        "tracker": "Tracker",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [
@@ -106,3 +109,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_homes[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_homes]

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from leftovers import Leftovers
 from serving import Fifo
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # We are a shell's background job. Programs that tests start would inherit that, and not be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+uvloop.new_event_loop().close()  # the first one makes what all share: nobody's leftovers
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +33,18 @@ def pytest_asyncio_loop_factories(
     if getattr(item.module, "BOTH_LOOPS", False):
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test of processes this one has what it had before: descriptors, threads, children."""
+    if not request.node.get_closest_marker("process") or request.node.get_closest_marker("untidy"):
+        yield
+        return
+    leftovers = Leftovers()
+    yield
+    left = leftovers.found()
+    assert left == [], "\n".join(left)
 
 
 @pytest.fixture

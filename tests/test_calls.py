@@ -317,12 +317,12 @@ class TestSentStreams:
         assert closed.wait(WAIT)
 
     def test_closing_breaks_what_is_being_sent(self, served: Served, marker: Fifo) -> None:
-        sent = threading.Event()
+        sent, over = threading.Event(), threading.Event()
 
         def source() -> Iterator[bytes]:
             yield b"one\n"
             sent.set()
-            threading.Event().wait(WAIT)
+            over.wait(WAIT)
 
         client = acomm.connect(served.url)
         items = iter(client.using(stream=source()).submit("lines_upper"))
@@ -333,6 +333,7 @@ class TestSentStreams:
             client.close()
         with pytest.raises(errors.ConnectionLost):
             list(items)
+        over.set()
 
 
 class TestProgress:

@@ -51,6 +51,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[Client]:
     with acomm.connect(served.url, default_timeout=WAIT) as client:
+        client.stats()  # its thread and socket are there from the first call on
         yield client
 
 
