@@ -102,10 +102,10 @@ class Pool:
     made at `place`, and `allow_hook` widens where those may lead that requests bring. `url` is where tasks
     send what they submit themselves (None: where any program would). A worker is replaced when it has run
     `max_tasks_per_child` calls, or when its memory has grown by `max_worker_growth` bytes (None: never). Of
-    calls that overlap, those of coroutine tasks, a worker runs `coroutines` at a time. One whose call has
-    passed its limit, or is cancelled, gets `graces` to end. With `capture`, receipts tell what workers
-    printed, which a template passes on. `target` is what a worker runs, and `setup` is for workers of
-    another kind than ours.
+    calls that overlap, those of coroutine tasks, it runs `coroutines` at a time. One whose call has passed
+    its limit, or is cancelled, gets `graces` to end. With `capture`, receipts tell what workers printed,
+    which a template passes on. `target` is what a worker runs, and `setup` is for workers of another kind
+    than ours.
 
     `claim`, if set, is asked of each call whenever it is handed to a worker: False gives it up. `exchange`,
     if set before the start, gives the workers descriptors of shared memory, and is told whose is free.
