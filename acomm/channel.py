@@ -31,7 +31,8 @@ from acomm.transport import FrameProtocol
 if TYPE_CHECKING:
     import aiohttp
 
-    from acomm.egress import Origin, Policy
+    from acomm.egress import Policy
+    from acomm.origin import Origin
 
 log = logging.getLogger("acomm.channel")
 

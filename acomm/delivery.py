@@ -14,7 +14,7 @@ from acomm.messages import Response, ok_ack
 from acomm.urls import unix_path
 
 if TYPE_CHECKING:
-    from acomm.egress import Origin
+    from acomm.origin import Origin
 
 log = logging.getLogger("acomm.delivery")
 

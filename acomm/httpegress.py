@@ -7,8 +7,9 @@ import socket
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from acomm.egress import Guard, Origin, Policy
+from acomm.egress import Guard, Policy
 from acomm.errors import Forbidden
+from acomm.origin import Origin
 
 # aiohttp takes longer to import than all of acomm: imported where used.
 if TYPE_CHECKING:

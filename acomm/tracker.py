@@ -46,7 +46,8 @@ from acomm.urls import replace_localhost, unix_path
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from acomm.egress import Origin, Policy
+    from acomm.egress import Policy
+    from acomm.origin import Origin
     from acomm.streamproxy import StreamProxy
     from acomm.streamsources import Source
     from acomm.unixstreams import UnixStreams
@@ -444,7 +445,8 @@ class Tracker:
         if self._stream_proxy is None:
             if self.http_stream_url is None:
                 raise ConfigError("no stream can be read over HTTP here: the tracker has no http_stream_url")
-            from acomm.egress import PROGRAM, Guard
+            from acomm.egress import Guard
+            from acomm.origin import PROGRAM
             from acomm.streamproxy import StreamProxy
 
             policy = self.channels.policy

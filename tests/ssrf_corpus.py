@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from acomm.egress import PROGRAM, Origin
+from acomm.origin import PROGRAM, Origin
 
 OWN = Origin.unix(os.getuid())
 ROOT = Origin.unix(0)

@@ -16,9 +16,9 @@ import pytest
 from doors import JSON, SECURITY, Caller, HttpHook, Reply
 from peers import WAIT
 
-from acomm.egress import Origin
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest, Busy, ShuttingDown
 from acomm.messages import Request, Response
+from acomm.origin import Origin
 from workers import Supervisor, door, httpaccess
 from workers.httpaccess import bracketed
 from workers.httpreplies import STATUSES

@@ -19,9 +19,10 @@ from ssrf_corpus import CASES, HTTP, OTHER, OWN, TOKEN, Case
 from watching import NOBODY, Names, Wire, as_root, stranger, watched
 
 from acomm import egress
-from acomm.egress import PROGRAM, Address, Guard, Origin, Policy
+from acomm.egress import Address, Guard, Policy
 from acomm.errors import ConfigError, Forbidden
 from acomm.httpegress import PolicyResolver, connector, session
+from acomm.origin import PROGRAM, Origin
 
 BOTH_LOOPS = True
 

@@ -23,7 +23,8 @@ from watching import NOBODY, Names, Wire, as_root, stranger, watched
 
 from acomm import ConnectionLost, Forbidden, Request, Response, Tracker
 from acomm.channel import Channels, Outgoing
-from acomm.egress import Guard, Origin, Policy
+from acomm.egress import Guard, Policy
+from acomm.origin import Origin
 from acomm.streams import StreamFile, StreamProxy, open_stream, stream
 from workers.calls import Job
 from workers.running import Context, leave

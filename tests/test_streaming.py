@@ -27,7 +27,8 @@ from acomm import Request, Response, Tracker
 from acomm.errors import BadArgs, ConfigError, Conflict, ConnectionLost, TaskError
 from acomm.streams import StreamFile
 from workers import Supervisor, streaming
-from workers.streaming import ConsumerLeft, NoConsumer, Place, Producer
+from workers.calls import StreamPlace
+from workers.streaming import ConsumerLeft, NoConsumer, Producer
 
 MEBI = 1024 * 1024
 HALF_WAY = 20_000  # items, more than a socket holds
@@ -50,7 +51,7 @@ class Stage:
         self.left = threading.Event()
         self.abandoned = threading.Event()
         self.error: BaseException | None = None
-        self.producer = Producer(Place(**place), uid, self.left.set, self.abandoned.set)
+        self.producer = Producer(StreamPlace(**place), uid, self.left.set, self.abandoned.set)
         self.url = self.producer.url
         self._items = items
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -188,7 +189,7 @@ def test_who_came_in_time_is_served_though_we_were_stopped(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stop that lasts past the expiry, told by a clock: the connection waits in the backlog by then."""
-    producer = Producer(Place(expiry=60.0), None, lambda: None, lambda: None)
+    producer = Producer(StreamPlace(expiry=60.0), None, lambda: None, lambda: None)
     times = itertools.chain([0.0], itertools.repeat(100.0))
     monkeypatch.setattr(streaming.time, "monotonic", lambda: next(times))
     with StreamFile(producer.url) as file, producer:
@@ -288,7 +289,7 @@ async def test_an_asynchronous_generator_that_nobody_is_left_for_does_not_begin(
         raise AssertionError("there is nobody to begin for")
         yield 1
 
-    with Producer(Place(), None, left.set, lambda: None) as producer:
+    with Producer(StreamPlace(), None, left.set, lambda: None) as producer:
         StreamFile(producer.url).close()
         producer.accept()
         assert left.wait(WAIT)
@@ -363,7 +364,7 @@ def test_a_group_that_cannot_be_given_the_socket(
 
     monkeypatch.setattr("os.chown", refuse)
     with pytest.raises(ConfigError, match="cannot give a stream to group 7: Operation not permitted"):
-        Producer(Place(str(folder_for_all), 0o660, 7), None, lambda: None, lambda: None)
+        Producer(StreamPlace(str(folder_for_all), 0o660, 7), None, lambda: None, lambda: None)
     assert list(folder_for_all.iterdir()) == []
 
 
@@ -374,7 +375,7 @@ async def test_an_asynchronous_generator_leaves_its_event_loop_to_others(folder:
         for _ in range(64):
             yield bytes(MEBI)
 
-    producer = Producer(Place(), None, lambda: None, lambda: None)
+    producer = Producer(StreamPlace(), None, lambda: None, lambda: None)
     with StreamFile(producer.url) as file, producer:
         producer.accept()
         sending = asyncio.create_task(producer.send_async_items(items()))

@@ -17,11 +17,10 @@ import zmq
 from acomm.egress import Policy
 from acomm.errors import ConnectionLost
 from acomm.streams import StreamFile
-from workers.calls import RETURNED, STOP, Answer, Job
+from workers.calls import RETURNED, STOP, Answer, Job, StreamPlace
 from workers.registry import Registry, Retry, Task, task
 from workers.running import context
 from workers.scoreboard import Scoreboard
-from workers.streaming import Place
 from workers.worker import Runnable, Worker
 
 answers_of = msgspec.msgpack.Decoder(list[Answer]).decode
@@ -66,7 +65,7 @@ class Bench:
     def worker(self, *tasks: Task[..., Any], max_result: int = 1000, relieved: bool = False) -> Worker:
         """Unless it is `relieved`, no call is given back, however long a busy machine takes for another."""
         socket: Any = self.socket
-        worker = Worker(Registry(tasks), socket, self.slot, max_result, Place(), Policy())
+        worker = Worker(Registry(tasks), socket, self.slot, max_result, StreamPlace(), Policy())
         if not relieved:
             worker._give_back = lambda: None  # type: ignore[method-assign]
         return worker

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from acomm.egress import Origin
+from acomm.origin import Origin
+from acomm.streamsocket import EXPIRY
 from workers.errors import AcommError, from_wire
 
 READY = b"ready"
@@ -174,3 +175,16 @@ class Outcome(msgspec.Struct, frozen=True, eq=False):
     result: bytes | None
     error: AcommError | None
     stream: str | None = None
+
+
+class StreamPlace(msgspec.Struct, frozen=True):
+    """Where a supervisor's workers make their stream sockets, and for how long.
+
+    `folder` None is the private runtime folder; `group` owns the file if it is given; a stream waits
+    `expiry` seconds for its consumer.
+    """
+
+    folder: str | None = None
+    mode: int = 0o600
+    group: int | None = None
+    expiry: float = EXPIRY

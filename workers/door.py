@@ -25,8 +25,8 @@ import msgspec
 from aiohttp import web
 
 from acomm import jsontext
-from acomm.egress import Origin
 from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.origin import Origin
 from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream
 from acomm.tracker import Tracker

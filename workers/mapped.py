@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from workers.calls import Failure
 from workers.errors import AcommError
+from workers.failures import failure_of
 from workers.forked import Terminated, end_copy
 from workers.pickling import (
     MAX_CALL,
@@ -29,7 +30,6 @@ from workers.pickling import (
     outcome,
 )
 from workers.segments import Place, Reader
-from workers.worker import failure_of
 
 LATE = 0.005
 """Seconds after which a part returns the items that it has not begun: they took longer than foreseen, and

@@ -15,18 +15,16 @@ from typing import Any
 import msgspec
 import zmq
 
-from acomm.egress import Policy
 from workers import mapped
 from workers.calls import UNFIT, Answer, Failure, Job
 from workers.errors import TooLarge
 from workers.exchange import number_of
+from workers.failures import failure_of
 from workers.forked import Terminated, end_copy
 from workers.pickling import MAX_CALL, Loader, dump_error, dump_result, load
-from workers.registry import Registry
 from workers.scoreboard import SlotWriter
 from workers.segments import Arena, Reader
-from workers.streaming import Place
-from workers.worker import Settings, Worker, failure_of, serve
+from workers.workerloop import Settings, WorkerLoop, serve
 
 TARGET = "workers.pickledworker:main"
 
@@ -58,7 +56,7 @@ def main(config: bytes, fds: list[int]) -> None:
         reader = Reader(fds[1], number, private=True)
         arena = _Trimmer(fds[2], share, number).arena
 
-    def make(socket: zmq.Socket[bytes], slot: SlotWriter) -> Worker:
+    def make(socket: zmq.Socket[bytes], slot: SlotWriter) -> WorkerLoop:
         return PickledWorker(socket, slot, reader, arena)
 
     serve(settings, fds, make)
@@ -101,19 +99,20 @@ class _Expected:
         self.expected = seconds if known == math.inf else known + (seconds - known) * 0.1
 
 
-class PickledWorker(Worker):
+class PickledWorker(WorkerLoop):
     """Runs pickled calls."""
 
     def __init__(
         self, socket: zmq.Socket[bytes], slot: SlotWriter, reader: Reader | None, arena: Arena | None
     ) -> None:
-        super().__init__(Registry(()), socket, slot, MAX_CALL, Place(), Policy())
+        known: dict[str, Any] = {}
+        get = known.get
+        super().__init__(
+            socket, slot, MAX_CALL, lambda name: get(name) or known.setdefault(name, _Expected())
+        )
         self._loader = Loader(reader)
         self._arena = arena
         mapped.mark = slot.progress
-        known: dict[str, Any] = {}
-        get = known.get
-        self._find = lambda name: get(name) or known.setdefault(name, _Expected())
 
     def _answer(self, job: Job, runnable: Any) -> Answer:
         try:

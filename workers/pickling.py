@@ -31,7 +31,6 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from acomm import handlers
 from workers import buffers
 from workers.buffers import LARGE, LargeBuffer, Pickled, Stored, small
 from workers.errors import TooLarge
@@ -74,6 +73,8 @@ def _by_value(value: Any, *, beside: bool = False) -> Pickled:
     try:
         return buffers.dump(value, _by_value_pickler(), beside=beside)
     except (TypeError, AttributeError):
+        from acomm import handlers  # rarely needed, and it brings asyncio along
+
         with suppress(Exception):  # else its word is the clearest one
             return Pickled([handlers.dump_value(value)], [])
         raise

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import msgspec
 import zmq
 
-from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, cancelling
+from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, StreamPlace, cancelling
 from workers.dispatcher import OVERLAP, Dispatcher, Doom, Plea, Running
 from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost, printable
@@ -40,8 +40,7 @@ from workers.processes import Processes, Worker
 from workers.receipts import worker_lost
 from workers.scaling import Load, Scaler
 from workers.scoreboard import Scoreboard, Slot
-from workers.streaming import Place
-from workers.worker import Settings
+from workers.workerloop import Settings
 
 _LAST_WORDS = 0.5
 """Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""
@@ -122,7 +121,7 @@ class Pool:
         workers: int,
         min_workers: int | None = None,
         max_result: int = 2**26,
-        place: Place | None = None,
+        place: StreamPlace | None = None,
         allow_hook: Sequence[str] = (),
         url: str | None = None,
         max_tasks_per_child: int | None = None,
@@ -149,7 +148,7 @@ class Pool:
         self.paths = tuple(paths)
         self.size = workers
         self.max_result = max_result
-        self.place = place or Place()
+        self.place = place or StreamPlace()
         self.allow_hook = tuple(allow_hook)
         self.url = url
         self.target = target
@@ -160,7 +159,7 @@ class Pool:
         self._processes = Processes(
             workers,
             wanted=self.least,
-            preload=["workers.worker", *self.modules],
+            preload=[target.partition(":")[0], *self.modules],
             paths=self.paths,
             target=target,
             settings=self._settings,

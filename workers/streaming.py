@@ -24,11 +24,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, Self
 
-import msgspec
-
 from acomm import streamsocket, urls
 from acomm.jsontext import encode
-from acomm.streamsocket import ACCEPT_PAUSE, CHUNK, EXPIRY
+from acomm.streamsocket import ACCEPT_PAUSE, CHUNK
+from workers.calls import StreamPlace
 from workers.errors import CallCancelled, CallTimeout, ConfigError
 from workers.forked import end_copy
 
@@ -58,19 +57,6 @@ LAST_LOOK = 1.0
 behind what was yielded. Without the byte it would still see it, but perhaps before."""
 
 
-class Place(msgspec.Struct, frozen=True):
-    """Where a supervisor's workers make their stream sockets, and for how long.
-
-    `folder` None is the private runtime folder; `group` owns the file if it is given; a stream waits
-    `expiry` seconds for its consumer.
-    """
-
-    folder: str | None = None
-    mode: int = 0o600
-    group: int | None = None
-    expiry: float = EXPIRY
-
-
 class NoConsumer(CallTimeout):
     """Nobody came for the stream in time."""
 
@@ -90,7 +76,7 @@ class Producer:
 
     def __init__(
         self,
-        place: Place,
+        place: StreamPlace,
         uid: int | None,
         on_left: Callable[[], None],
         on_abandoned: Callable[[], None],

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from acomm import handlers, streamsocket
-from acomm.egress import Origin, Policy
+from acomm.egress import Policy
 from acomm.errors import AcommError
 from acomm.listener import Connection, UnixListener
 from acomm.messages import RESERVED, Request, Response, ok_ack, salvage
+from acomm.origin import Origin
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service
-from workers.calls import Call, Outcome
+from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
 from workers.ending import Graces
 from workers.errors import (
@@ -55,7 +56,6 @@ from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
-from workers.streaming import Place
 from workers.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -635,13 +635,13 @@ def _told(worker: WorkerInfo) -> dict[str, Any]:
     return {**worker._asdict(), "calls": [call._asdict() for call in worker.calls]}
 
 
-def _place(config: Config) -> Place:
+def _place(config: Config) -> StreamPlace:
     """Where workers make their streams: where those who may connect to us can reach them."""
     if config.socket_mode == 0o600:
-        return Place(expiry=config.stream_expiry)
+        return StreamPlace(expiry=config.stream_expiry)
     folder = os.path.dirname(os.path.abspath(config.socket))
     group = config.allow_gid[0] if config.socket_mode == 0o660 else None
-    return Place(folder, config.socket_mode, group, config.stream_expiry)
+    return StreamPlace(folder, config.socket_mode, group, config.stream_expiry)
 
 
 def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:
