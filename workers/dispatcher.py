@@ -627,6 +627,8 @@ class Dispatcher:
 
     def next_deadline(self) -> float | None:
         """When `due` should be called at the latest; None: no need."""
+        if not self._deadlines and not self._limits and not self._backoff:
+            return None  # which is asked several times a call
         times = [self._deadlines.next(), self._limits.next(), self._backoff.next()]
         return min((time for time in times if time is not None), default=None)
 

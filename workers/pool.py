@@ -176,6 +176,7 @@ class Pool:
         self._stopping = False
         self._catch_up: float | None = None
         self._unfinished = False
+        self._sent = False  # since the socket was asked last
         self._resources = contextlib.ExitStack()
 
     def __repr__(self) -> str:
@@ -328,14 +329,18 @@ class Pool:
 
     def next_deadline(self) -> float | None:
         """When, on the monotonic clock, to call `process_events` at the latest."""
-        if self._unfinished:
+        if self._unfinished or self._sent:
             return 0.0
-        times = [self._next_due(), self._processes.next_deadline()]
+        first = self._next_due()
+        other = self._processes.next_deadline()
+        if first is None or (other is not None and other < first):
+            first = other
         if self._dead:
-            times.append(time.monotonic() + _POLL_LAST_WORDS)
+            words = time.monotonic() + _POLL_LAST_WORDS
+            first = words if first is None else min(first, words)
         if self._scaler is not None and (look := self._next_look(self._scaler)) < math.inf:
-            times.append(look)
-        return min((when for when in times if when is not None), default=None)
+            first = look if first is None else min(first, look)
+        return first
 
     def _next_due(self) -> float | None:
         due = self.dispatcher.next_deadline()
@@ -350,6 +355,7 @@ class Pool:
                 self._processes.events()
         now = begun = time.monotonic()
         while True:
+            self._sent = False
             self._receive(now, outcomes)
             if self._dead:
                 self._settle_deaths(now, outcomes)
@@ -371,7 +377,8 @@ class Pool:
                 outcomes += self.dispatcher.shared
                 self.dispatcher.shared.clear()
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
-            if not self._readable():
+            if not self._sent or not self._readable():
+                self._sent = False
                 return outcomes
             now = time.monotonic()
             if now - begun > _BURST:
@@ -446,6 +453,7 @@ class Pool:
         self._send(worker, message)
 
     def _send(self, worker: Worker, message: bytes) -> None:
+        self._sent = True
         try:
             self._router.send(worker.identity, _NOBLOCK_MORE)
             self._router.send(message, _NOBLOCK)
@@ -533,6 +541,7 @@ class Pool:
 
     def _still_connected(self, worker: Worker) -> bool:
         """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
+        self._sent = True
         try:
             self._router.send_multipart([worker.identity, b""], zmq.NOBLOCK)
         except zmq.ZMQError:

@@ -344,6 +344,8 @@ class Processes:
 
     def next_deadline(self) -> float | None:
         """When, on the monotonic clock, to call `tick` at the latest."""
+        if not self.starting and not self._wanted and not self._leaving and self._relaunch is None:
+            return None
         times = [*self._wanted.values(), *self._leaving.values()]
         if self._relaunch is not None:
             times.append(self._relaunch)
