@@ -243,6 +243,15 @@ def kill_a_worker() -> None:
                 return
 
 
+def test_a_broken_pool_fails_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only part has ended with it, so nothing is out any more that leads to it."""
+    workers, mapping = mapping_of(10)
+    waits = iter([BrokenPool("broken")])
+    monkeypatch.setattr(mapping._changed, "wait", lambda _: workers.run(next(waits)))
+    with pytest.raises(BrokenPool):
+        next(mapping.results(None, iter(()), None))
+
+
 @pytest.mark.process
 def test_a_shutdown_waits_for_all_items() -> None:
     with PoolExecutor(2) as pool:
@@ -263,6 +272,19 @@ def test_a_shutdown_that_cancels_ends_the_map() -> None:
         list(results)
     with pytest.raises(RuntimeError, match="after shutdown"):
         pool.map(tasks.square, range(10))
+
+
+@pytest.mark.process
+def test_a_shutdown_that_cancels_ends_the_map_that_somebody_waits_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with PoolExecutor(1) as pool:
+        first = pool.submit(fifo.read_text)
+        with open(fifo, "w"), cf.ThreadPoolExecutor(1) as threads:  # the worker reads there
+            waiting: cf.Future[list[int]] = threads.submit(list, pool.map(tasks.square, range(10)))
+            pool.shutdown(wait=False, cancel_futures=True)
+            assert isinstance(waiting.exception(DEADLINE), cf.CancelledError)
+        assert first.result(DEADLINE) == ""
 
 
 @pytest.mark.process

@@ -166,7 +166,7 @@ class Mapping:
         self._order: deque[Batch] = deque()
         self._out: dict[concurrent.futures.Future[Any], Part] = {}
         self._given_up: BaseException | None = None
-        self._awaited: Batch | None = None
+        self._awaited: Batch | None = None  # the one that has left the order
 
     # -- the caller's thread
 
@@ -197,11 +197,11 @@ class Mapping:
         with self._changed:
             if not self._order and self._waiting and self._given_up is not None:
                 raise self._given_up
-            return self._order.popleft() if self._order else None
+            self._awaited = self._order.popleft() if self._order else None
+            return self._awaited
 
     def _wait(self, batch: Batch, end: float | None) -> None:
         with self._changed:
-            self._awaited = batch
             while batch.missing:
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
@@ -214,8 +214,8 @@ class Mapping:
             if self._given_up is None:
                 self._given_up = error
             self._again.clear()
-            for batch in {part.batch for part in self._out.values()} | set(self._order):
-                if batch.missing:
+            for batch in (self._awaited, *self._order):
+                if batch is not None and batch.missing:
                     self._fail(batch, self._given_up)
             out = list(self._out)
             self._out.clear()
