@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from workers.calls import Call, Outcome
@@ -278,18 +278,38 @@ class Driver:
         return self._pool.failure is not None or self._pool.restarts != self._restarts
 
     def _start(self) -> None:
-        self._pool.start()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller = select.epoll()
-        self._poller.register(self._event, select.EPOLLIN)
-        self._poller.register(self._pool.fileno(), select.EPOLLIN)
-        self._recall = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._shared_poller = select.epoll()
-        self._shared_poller.register(self._recall, select.EPOLLIN)
-        self._shared_poller.register(self._pool.fileno(), select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name="acomm-executor")
-        _drivers.add(self)
-        self._thread.start()
+        """Raises what keeps it from that, such as a want of descriptors. If that leaves nothing to start
+        again from, the pool is broken.
+        """
+        with Uninterrupted(), ExitStack() as made:
+            try:
+                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                made.callback(os.close, self._event)
+                self._recall = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                made.callback(os.close, self._recall)
+                self._poller = select.epoll()
+                made.callback(self._poller.close)
+                self._shared_poller = select.epoll()
+                made.callback(self._shared_poller.close)
+                self._poller.register(self._event, select.EPOLLIN)
+                self._shared_poller.register(self._recall, select.EPOLLIN)
+                self._pool.start()
+                made.callback(self._pool.close)
+                made.callback(self._never_started)
+                self._poller.register(self._pool.fileno(), select.EPOLLIN)
+                self._shared_poller.register(self._pool.fileno(), select.EPOLLIN)
+                thread = threading.Thread(target=self._run, name="acomm-executor")
+                _drivers.add(self)
+                thread.start()
+                self._thread = thread
+            except BaseException:
+                self._event = self._recall = -1
+                _drivers.discard(self)
+                raise
+            made.pop_all()
+
+    def _never_started(self) -> None:
+        self._broken, self._closing = "it could not be started", True
 
     # -- the driver's thread
 
