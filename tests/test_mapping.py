@@ -66,6 +66,10 @@ class Workers:
         self.function = pickle.dumps(function)
         self.parts: list[tuple[Future[Any], bytes]] = []
         self.sizes: list[int] = []
+        self.commands: list[tuple[Callable[[Any], None], Any]] = []
+
+    def command(self, function: Callable[[Any], None], argument: Any) -> None:
+        self.commands.append((function, argument))
 
     def one(self, args: tuple[Any, ...]) -> bytes:
         return self.several([args])[0]
@@ -250,6 +254,23 @@ def test_a_broken_pool_fails_what_is_waited_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(mapping._changed, "wait", lambda _: workers.run(next(waits)))
     with pytest.raises(BrokenPool):
         next(mapping.results(None, iter(()), None))
+
+
+def test_leaving_a_map_waits_for_nobody_who_sends() -> None:
+    """It may be a collection amid a submit: who sends may be waiting for that."""
+    workers, mapping = mapping_of(100)
+    workers.run()
+    results = mapping.results(None, iter(()), None)
+    assert next(results) == 0
+    with cf.ThreadPoolExecutor(1) as sender, cf.ThreadPoolExecutor(1) as collector:
+        sender.submit(mapping._changed.acquire).result(DEADLINE)
+        try:
+            collector.submit(results.close).result(5.0)  # type: ignore[attr-defined]
+        finally:
+            sender.submit(mapping._changed.release).result(DEADLINE)
+    for function, argument in workers.commands:
+        function(argument)
+    assert workers.parts and all(future.cancelled() for future, _ in workers.parts)
 
 
 @pytest.mark.process

@@ -56,6 +56,7 @@ class Sender:
         self, driver: Driver, functions: Functions, function: Callable[..., Any], arena: Arena | None
     ) -> None:
         self.failed: BaseException | None = None
+        self.command = driver.command
         self._driver = driver
         self._arena = arena
         try:
@@ -191,7 +192,17 @@ class Mapping:
                     yield batch.take(position)  # of which we keep nothing
                 del batch
         finally:
-            self.give_up(CancelledError())
+            self._leave()
+
+    def _leave(self) -> None:
+        # Not waiting for the lock: this may be a collection, amid a submit for which the lock's holder waits.
+        if self._changed.acquire(blocking=False):
+            try:
+                self.give_up(CancelledError())
+            finally:
+                self._changed.release()
+        else:
+            self._sender.command(self.give_up, CancelledError())
 
     def _next(self) -> Batch | None:
         with self._changed:
