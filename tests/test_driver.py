@@ -157,6 +157,40 @@ def refuse(thread: threading.Thread) -> None:
     raise RuntimeError("no thread can be started")
 
 
+def test_a_cancel_in_a_fork_waits_for_no_lock() -> None:
+    """Whoever had it is not there to let go."""
+    program = """
+import signal
+from workers.futures import Future
+with PoolExecutor(1) as pool:
+    future = Future(pool._driver)
+    held, leave = threading.Event(), threading.Event()
+    def hold():
+        with pool._driver._lock:
+            held.set()
+            leave.wait()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        os._exit(3 if future.cancel() else 4)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    leave.set()
+    thread.join()
+"""
+    assert start_with(program) == "3\n"
+
+
+def test_a_kill_that_came_too_late_is_forgotten(pool: PoolExecutor, fifo: str) -> None:
+    future = pool.submit(Path(fifo).read_text)
+    with open(fifo, "w"):  # the worker reads there
+        pool._driver._killed.add(future.call)
+    assert future.result(DEADLINE) == ""
+    assert not pool._driver._killed
+
+
 def test_callbacks_run_in_the_drivers_thread(pool: PoolExecutor) -> None:
     for n in range(100):
         sleeps(pool)

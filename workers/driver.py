@@ -145,6 +145,8 @@ class Driver:
             self._wake()
 
     def command(self, function: Callable[[Any], None], argument: Any) -> None:
+        if self._pid != os.getpid():
+            return  # another thread may have had the lock
         with self._lock:
             if self._sleeping or self._borrower:
                 self._wake()
@@ -404,6 +406,8 @@ class Driver:
         future: Future[Any] = call.tag
         if self._lent:
             self._release(call)
+        killed = call in self._killed
+        self._killed.discard(call)
         if future.call is None:
             return  # the pool is broken, and it has been told
         future.call = None
@@ -417,7 +421,7 @@ class Driver:
                 future.set_result(result)
                 return
         else:
-            error = self._error(call, ended.error)
+            error = self._error(call, ended.error, killed)
         future.set_exception(error)
 
     def _release(self, call: Call) -> None:
@@ -435,9 +439,7 @@ class Driver:
             future.call = ended.call
             self._settle(ended)
 
-    def _error(self, call: Call, error: AcommError) -> BaseException:
-        killed = call in self._killed
-        self._killed.discard(call)
+    def _error(self, call: Call, error: AcommError, killed: bool) -> BaseException:
         if killed and isinstance(error, CallCancelled):
             return CallCancelled(f"the call of {call.task} was killed", receipt=error.receipt)
         if isinstance(error, WorkerLost):
