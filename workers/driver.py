@@ -7,9 +7,9 @@ A pool is touched by one thread at a time. That is the driver's, unless it sleep
   call. The driver's thread does not look at the pool meanwhile. Whoever has anything for the driver asks for
   the pool back, as do deadlines, deaths and an interrupt; the borrower returns it, and waits like any other.
 
-Both are safe from Ctrl-C: it is put off while they touch the pool. Any other exception of a signal's handler
-does no harm to a wait; the rare one that comes within `process_events` breaks the pool, in words. Callbacks
-of a future run in the driver's thread, unless they are added in the moment of its end.
+Both are safe from Ctrl-C: it is put off while they touch the pool. The main thread of a program with handlers
+for other signals, which may raise, does neither. Callbacks of a future run in the driver's thread, unless they
+are added in the moment of its end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workers.calls import Call, Outcome
 from workers.errors import AcommError, CallCancelled, WorkerLost
 from workers.exchange import Exchange
 from workers.futures import Future
-from workers.interrupts import Uninterrupted
+from workers.interrupts import Uninterrupted, others_may_interrupt
 from workers.pickling import RemoteTraceback, outcome
 from workers.pool import Pool
 from workers.segments import Place, Reader, Segment
@@ -112,7 +112,8 @@ class Driver:
             elif self._closing or self._thread is None or _exiting or self._pid != os.getpid():
                 self.check()
                 self._start()
-            if self._sleeping and not self._inbox and not len(self._pool.dispatcher):
+            idle = self._sleeping and not self._inbox and not len(self._pool.dispatcher)
+            if idle and not others_may_interrupt():
                 with Uninterrupted():
                     self._send_at_once(call)
                 return
@@ -160,6 +161,8 @@ class Driver:
         goes on. Returns at once, or as soon as anything else does, too: the driver's thread settles it then.
         """
         if not self._sleeping or len(self._pool.dispatcher) != 1 or self._pid != os.getpid():
+            return
+        if others_may_interrupt():
             return
         ended: list[Outcome] = []
         with Uninterrupted(self._interrupted):

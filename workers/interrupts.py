@@ -17,6 +17,32 @@ PATIENCE = 1.0
 _INTERRUPT = int(signal.SIGINT)
 
 
+_OTHERS = tuple(
+    map(
+        int,
+        (
+            signal.SIGALRM,
+            signal.SIGVTALRM,
+            signal.SIGPROF,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGQUIT,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+        ),
+    )
+)
+
+
+def others_may_interrupt() -> bool:
+    """Whether this thread runs handlers of the program's for other signals, which may raise: timeouts by
+    SIGALRM do. They cannot be put off, so what must not be cut short is to be left to other threads.
+    """
+    if threading.get_ident() != threading.main_thread().ident:
+        return False
+    return any(callable(handler) for handler in map(_signal.getsignal, _OTHERS))
+
+
 class Uninterrupted:
     """Within it, the handler of SIGINT does not run; it does at the end, if one came. `noticed` is called
     in its place, and must not raise. One that comes more than PATIENCE after another is not put off.
