@@ -96,6 +96,11 @@ class Odd(Exception):
         self.a = a
 
 
+class Unpicklable(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")  # of which pickle cannot make it again
+
+
 def local_class() -> type:
     class Local:
         def __init__(self, v: int) -> None:
@@ -155,6 +160,10 @@ def raise_odd() -> None:
     raise Odd(1, 2)
 
 
+def raise_unpicklable() -> None:
+    raise Unpicklable(1, 2)
+
+
 def same(value: Any) -> Any:
     return value
 
@@ -182,6 +191,8 @@ with PoolExecutor(1) as pool:
     assert type(thing) is Local and thing.v == 3
     error = pool.submit(raise_odd).exception(60)
     assert type(error) is Odd and error.a == 1
+    error = pool.submit(raise_unpicklable).exception(60)
+    assert str(error) == "Unpicklable: 1 and 2" and "in raise_unpicklable" in str(error.__cause__)
 
     # Functions bring along what they refer to.
     assert run(fibonacci, 50) == 12586269025

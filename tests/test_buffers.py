@@ -181,6 +181,8 @@ def test_what_could_be_written_to_can_be(ways: Ways) -> None:
     assert not ways.result(memoryview(bytearray(BIG))).readonly
     assert ways.result(memoryview(b"x")).readonly
     assert not ways.result(memoryview(bytearray(1))).readonly
+    assert not ways.result(memoryview(bytearray(8))[::2]).readonly
+    assert ways.result(memoryview(bytes(8))[::2]).readonly
 
 
 @pytest.mark.parametrize("length", [6, 6 * LARGE])

@@ -4,6 +4,8 @@ import concurrent.futures as cf
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import executortasks as tasks
+import leftovers
 import pytest
 
 from workers import PoolExecutor
 from workers.errors import CallCancelled
-from workers.executor import CallLost
+from workers.executor import BrokenPool, CallLost
 
 pytestmark = pytest.mark.process
 
@@ -87,6 +90,105 @@ def test_who_waits_settles_the_call(pool: PoolExecutor) -> None:
         if pool.submit(tasks.thread_of_loading).result(DEADLINE) == threading.get_ident():
             return
     pytest.fail("the driver's thread was always faster")
+
+
+def start_with(program: str) -> str:
+    """What a program prints that starts a pool and then looks what is left of it."""
+    code = f"import os, resource, threading, zmq\nfrom workers import PoolExecutor\n{program}"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=DEADLINE, text=True)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def test_a_start_that_is_cut_short_can_be_repeated() -> None:
+    """By a signal's handler, say, when there is a socket that nobody knows yet."""
+    program = """
+real = zmq.Context.socket
+def socket(*args):
+    made = real(*args)
+    raise InterruptedError
+with PoolExecutor(1) as pool:
+    zmq.Context.socket = socket
+    try:
+        pool.submit(abs, -1)
+    except InterruptedError:
+        print("cut short")
+    zmq.Context.socket = real
+    print(pool.submit(abs, -2).result())
+"""
+    assert start_with(program) == "cut short\n2\n"
+
+
+def test_a_want_of_descriptors_at_the_start_is_an_error() -> None:
+    """At any point of it, and the pool starts when there are some."""
+    program = """
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+limits = range(len(os.listdir("/proc/self/fd")) + 8, 64)
+with PoolExecutor(1) as pool:
+    for limit in limits:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        try:
+            pool.submit(abs, -1)
+            break
+        except OSError:
+            pass
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    print(pool.submit(abs, -2).result(), limit > limits[0])
+"""
+    assert start_with(program) == "2 True\n"
+
+
+def test_a_pool_whose_thread_cannot_start_is_broken_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = leftovers.state()
+    with PoolExecutor(1) as pool:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="no thread"):
+                pool.submit(abs, -1)
+        with pytest.raises(BrokenPool, match="could not be started"):
+            pool.submit(abs, -1)
+    del pool
+    assert leftovers.state() == before
+
+
+def refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("no thread can be started")
+
+
+def test_a_cancel_in_a_fork_waits_for_no_lock() -> None:
+    """Whoever had it is not there to let go."""
+    program = """
+import signal
+from workers.futures import Future
+with PoolExecutor(1) as pool:
+    future = Future(pool._driver)
+    held, leave = threading.Event(), threading.Event()
+    def hold():
+        with pool._driver._lock:
+            held.set()
+            leave.wait()
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        os._exit(3 if future.cancel() else 4)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    leave.set()
+    thread.join()
+"""
+    assert start_with(program) == "3\n"
+
+
+def test_a_kill_that_came_too_late_is_forgotten(pool: PoolExecutor, fifo: str) -> None:
+    future = pool.submit(Path(fifo).read_text)
+    with open(fifo, "w"):  # the worker reads there
+        pool._driver._killed.add(future.call)
+    assert future.result(DEADLINE) == ""
+    assert not pool._driver._killed
 
 
 def test_callbacks_run_in_the_drivers_thread(pool: PoolExecutor) -> None:

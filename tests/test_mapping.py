@@ -66,6 +66,10 @@ class Workers:
         self.function = pickle.dumps(function)
         self.parts: list[tuple[Future[Any], bytes]] = []
         self.sizes: list[int] = []
+        self.commands: list[tuple[Callable[[Any], None], Any]] = []
+
+    def command(self, function: Callable[[Any], None], argument: Any) -> None:
+        self.commands.append((function, argument))
 
     def one(self, args: tuple[Any, ...]) -> bytes:
         return self.several([args])[0]
@@ -243,6 +247,32 @@ def kill_a_worker() -> None:
                 return
 
 
+def test_a_broken_pool_fails_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only part has ended with it, so nothing is out any more that leads to it."""
+    workers, mapping = mapping_of(10)
+    waits = iter([BrokenPool("broken")])
+    monkeypatch.setattr(mapping._changed, "wait", lambda _: workers.run(next(waits)))
+    with pytest.raises(BrokenPool):
+        next(mapping.results(None, iter(()), None))
+
+
+def test_leaving_a_map_waits_for_nobody_who_sends() -> None:
+    """It may be a collection amid a submit: who sends may be waiting for that."""
+    workers, mapping = mapping_of(100)
+    workers.run()
+    results = mapping.results(None, iter(()), None)
+    assert next(results) == 0
+    with cf.ThreadPoolExecutor(1) as sender, cf.ThreadPoolExecutor(1) as collector:
+        sender.submit(mapping._changed.acquire).result(DEADLINE)
+        try:
+            collector.submit(results.close).result(5.0)  # type: ignore[attr-defined]
+        finally:
+            sender.submit(mapping._changed.release).result(DEADLINE)
+    for function, argument in workers.commands:
+        function(argument)
+    assert workers.parts and all(future.cancelled() for future, _ in workers.parts)
+
+
 @pytest.mark.process
 def test_a_shutdown_waits_for_all_items() -> None:
     with PoolExecutor(2) as pool:
@@ -263,6 +293,19 @@ def test_a_shutdown_that_cancels_ends_the_map() -> None:
         list(results)
     with pytest.raises(RuntimeError, match="after shutdown"):
         pool.map(tasks.square, range(10))
+
+
+@pytest.mark.process
+def test_a_shutdown_that_cancels_ends_the_map_that_somebody_waits_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with PoolExecutor(1) as pool:
+        first = pool.submit(fifo.read_text)
+        with open(fifo, "w"), cf.ThreadPoolExecutor(1) as threads:  # the worker reads there
+            waiting: cf.Future[list[int]] = threads.submit(list, pool.map(tasks.square, range(10)))
+            pool.shutdown(wait=False, cancel_futures=True)
+            assert isinstance(waiting.exception(DEADLINE), cf.CancelledError)
+        assert first.result(DEADLINE) == ""
 
 
 @pytest.mark.process

@@ -65,7 +65,10 @@ class _Pieces(list[Buffer]):
 def _reduce(view: memoryview[Any]) -> Any:
     if view.format.lstrip("@") not in _FORMATS:
         raise pickle.PicklingError(f"a memoryview of the format {view.format!r} cannot be pickled")
-    flat = view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+    if view.c_contiguous and view.nbytes:
+        flat = view.cast("B")
+    else:
+        flat = memoryview(view.tobytes() if view.readonly else bytearray(view.tobytes()))
     return _view, (pickle.PickleBuffer(flat), view.format, view.shape if view.nbytes else None)
 
 

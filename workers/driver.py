@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from workers.calls import Call, Outcome
@@ -145,6 +145,8 @@ class Driver:
             self._wake()
 
     def command(self, function: Callable[[Any], None], argument: Any) -> None:
+        if self._pid != os.getpid():
+            return  # another thread may have had the lock
         with self._lock:
             if self._sleeping or self._borrower:
                 self._wake()
@@ -278,18 +280,38 @@ class Driver:
         return self._pool.failure is not None or self._pool.restarts != self._restarts
 
     def _start(self) -> None:
-        self._pool.start()
-        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller = select.epoll()
-        self._poller.register(self._event, select.EPOLLIN)
-        self._poller.register(self._pool.fileno(), select.EPOLLIN)
-        self._recall = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._shared_poller = select.epoll()
-        self._shared_poller.register(self._recall, select.EPOLLIN)
-        self._shared_poller.register(self._pool.fileno(), select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name="acomm-executor")
-        _drivers.add(self)
-        self._thread.start()
+        """Raises what keeps it from that, such as a want of descriptors. If that leaves nothing to start
+        again from, the pool is broken.
+        """
+        with Uninterrupted(), ExitStack() as made:
+            try:
+                self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                made.callback(os.close, self._event)
+                self._recall = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                made.callback(os.close, self._recall)
+                self._poller = select.epoll()
+                made.callback(self._poller.close)
+                self._shared_poller = select.epoll()
+                made.callback(self._shared_poller.close)
+                self._poller.register(self._event, select.EPOLLIN)
+                self._shared_poller.register(self._recall, select.EPOLLIN)
+                self._pool.start()
+                made.callback(self._pool.close)
+                made.callback(self._never_started)
+                self._poller.register(self._pool.fileno(), select.EPOLLIN)
+                self._shared_poller.register(self._pool.fileno(), select.EPOLLIN)
+                thread = threading.Thread(target=self._run, name="acomm-executor")
+                _drivers.add(self)
+                thread.start()
+                self._thread = thread
+            except BaseException:
+                self._event = self._recall = -1
+                _drivers.discard(self)
+                raise
+            made.pop_all()
+
+    def _never_started(self) -> None:
+        self._broken, self._closing = "it could not be started", True
 
     # -- the driver's thread
 
@@ -384,6 +406,8 @@ class Driver:
         future: Future[Any] = call.tag
         if self._lent:
             self._release(call)
+        killed = call in self._killed
+        self._killed.discard(call)
         if future.call is None:
             return  # the pool is broken, and it has been told
         future.call = None
@@ -397,7 +421,7 @@ class Driver:
                 future.set_result(result)
                 return
         else:
-            error = self._error(call, ended.error)
+            error = self._error(call, ended.error, killed)
         future.set_exception(error)
 
     def _release(self, call: Call) -> None:
@@ -415,9 +439,7 @@ class Driver:
             future.call = ended.call
             self._settle(ended)
 
-    def _error(self, call: Call, error: AcommError) -> BaseException:
-        killed = call in self._killed
-        self._killed.discard(call)
+    def _error(self, call: Call, error: AcommError, killed: bool) -> BaseException:
         if killed and isinstance(error, CallCancelled):
             return CallCancelled(f"the call of {call.task} was killed", receipt=error.receipt)
         if isinstance(error, WorkerLost):

@@ -56,6 +56,7 @@ class Sender:
         self, driver: Driver, functions: Functions, function: Callable[..., Any], arena: Arena | None
     ) -> None:
         self.failed: BaseException | None = None
+        self.command = driver.command
         self._driver = driver
         self._arena = arena
         try:
@@ -166,7 +167,7 @@ class Mapping:
         self._order: deque[Batch] = deque()
         self._out: dict[concurrent.futures.Future[Any], Part] = {}
         self._given_up: BaseException | None = None
-        self._awaited: Batch | None = None
+        self._awaited: Batch | None = None  # the one that has left the order
 
     # -- the caller's thread
 
@@ -191,17 +192,27 @@ class Mapping:
                     yield batch.take(position)  # of which we keep nothing
                 del batch
         finally:
-            self.give_up(CancelledError())
+            self._leave()
+
+    def _leave(self) -> None:
+        # Not waiting for the lock: this may be a collection, amid a submit for which the lock's holder waits.
+        if self._changed.acquire(blocking=False):
+            try:
+                self.give_up(CancelledError())
+            finally:
+                self._changed.release()
+        else:
+            self._sender.command(self.give_up, CancelledError())
 
     def _next(self) -> Batch | None:
         with self._changed:
             if not self._order and self._waiting and self._given_up is not None:
                 raise self._given_up
-            return self._order.popleft() if self._order else None
+            self._awaited = self._order.popleft() if self._order else None
+            return self._awaited
 
     def _wait(self, batch: Batch, end: float | None) -> None:
         with self._changed:
-            self._awaited = batch
             while batch.missing:
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
@@ -214,8 +225,8 @@ class Mapping:
             if self._given_up is None:
                 self._given_up = error
             self._again.clear()
-            for batch in {part.batch for part in self._out.values()} | set(self._order):
-                if batch.missing:
+            for batch in (self._awaited, *self._order):
+                if batch is not None and batch.missing:
                     self._fail(batch, self._given_up)
             out = list(self._out)
             self._out.clear()

@@ -427,6 +427,8 @@ def dump_error(error: BaseException) -> bytes | None:
         data = _answer((error, text))
         if b"from_main" not in data:
             load(data)
+        elif isinstance(reduced := error.__reduce_ex__(PROTOCOL), tuple):
+            reduced[0](*reduced[1])  # with our copy of its class, as `__main__` has no other here
         return _ERROR + data
     except BaseException:
         return None

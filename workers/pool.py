@@ -58,6 +58,9 @@ _LATE = 0.05
 _CATCH_UP = 0.02
 """Seconds that answers get to arrive after a stop, before deadlines that passed meanwhile are looked at."""
 
+_DESCRIPTORS = 32
+"""Those that the start takes, and some more."""
+
 # As plain integers: zmq's enumerations take microseconds.
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -186,16 +189,18 @@ class Pool:
     # -- life ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Launch the processes; returns at once. `ready` counts those that can take calls."""
+        """Launch the processes; returns at once. `ready` counts those that can take calls. Raises OSError,
+        and can then be called again.
+        """
         with contextlib.ExitStack() as made:
+            _check_descriptors()
             self._folder = _private_folder()
             made.callback(shutil.rmtree, self._folder, ignore_errors=True)
             self._scoreboard = Scoreboard.create(self.size, self.coroutines)
             made.callback(self._scoreboard.close)
             self._context = zmq.Context(io_threads=1)
-            made.callback(self._context.term)
             self._router = self._context.socket(zmq.ROUTER)
-            made.callback(self._router.close)
+            made.callback(self._close_socket)  # both at once: a context waits for its sockets, for ever
             self._router.setsockopt(zmq.LINGER, 0)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
@@ -217,6 +222,10 @@ class Pool:
         """
         self._stopping = True
         self._resources.close()
+
+    def _close_socket(self) -> None:
+        self._router.close()
+        self._context.term()
 
     def stop_workers(self) -> None:
         """Let the workers finish what they hold and exit; none is replaced. What is queued stays queued."""
@@ -609,6 +618,13 @@ def _peer_pid(frame: zmq.Frame) -> int:
         return int(pid) if int(uid) == os.getuid() else 0
     except (zmq.ZMQError, ValueError):
         return 0
+
+
+def _check_descriptors() -> None:
+    """Raise OSError if few are left: libzmq aborts the whole program when it runs out while it starts."""
+    with contextlib.ExitStack() as spare:
+        for _ in range(_DESCRIPTORS):
+            spare.callback(os.close, os.eventfd(0))
 
 
 def _private_folder() -> str:
