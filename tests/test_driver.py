@@ -20,6 +20,7 @@ import pytest
 from workers import PoolExecutor
 from workers.errors import CallCancelled
 from workers.executor import BrokenPool, CallLost
+from workers.interrupts import others_may_interrupt
 
 pytestmark = pytest.mark.process
 
@@ -261,7 +262,7 @@ def test_an_interrupt_of_who_waits(pool: PoolExecutor, fifo: str, interruptible:
 
 
 def test_an_exception_of_another_signals_handler(pool: PoolExecutor, fifo: str) -> None:
-    """As programs have that limit a wait by SIGALRM."""
+    """As programs have that limit a wait by SIGALRM: the pool is left to its driver."""
 
     class Alarm(Exception):
         pass
@@ -270,20 +271,25 @@ def test_an_exception_of_another_signals_handler(pool: PoolExecutor, fifo: str) 
         raise Alarm
 
     main = threading.get_ident()
+    sleeps(pool)
     before = signal.signal(signal.SIGALRM, ring)
-    futures = []
     try:
-        with pytest.raises(Alarm):
+        assert others_may_interrupt()
+        future = pool.submit(tasks.hang, fifo)
 
-            def act(future: cf.Future[Any]) -> None:
-                futures.append(future)
-                signal.pthread_kill(main, signal.SIGALRM)
+        def then() -> None:
+            assert Path(fifo).read_text() == "running\n"
+            until(lambda: future._made is not None)  # somebody waits
+            assert not pool._driver._borrower
+            signal.pthread_kill(main, signal.SIGALRM)
 
-            waiting(pool, fifo, act)
+        with meanwhile(then), pytest.raises(Alarm):
+            future.result(DEADLINE)
     finally:
         signal.signal(signal.SIGALRM, before)
+    assert not others_may_interrupt()
     assert pool.submit(tasks.square, 2).result(DEADLINE) == 4
-    assert pool.kill(futures[0]) and isinstance(futures[0].exception(DEADLINE), CallCancelled)
+    assert pool.kill(future) and isinstance(future.exception(DEADLINE), CallCancelled)
 
 
 def test_an_interrupt_while_the_pool_is_touched(

@@ -8,8 +8,8 @@ A pool is touched by one thread at a time. That is the driver's, unless it sleep
   the pool back, as do deadlines, deaths and an interrupt; the borrower returns it, and waits like any other.
 
 Both are safe from Ctrl-C: it is put off while they touch the pool. The main thread of a program with handlers
-for other signals, which may raise, does neither. Callbacks of a future run in the driver's thread, unless they
-are added in the moment of its end.
+for other signals, which may raise, does neither. Callbacks of a future run in the driver's thread, unless
+they are added in the moment of its end.
 """
 
 from __future__ import annotations
