@@ -70,6 +70,10 @@ def tell_and_wait(path: str) -> None:
     time.sleep(1000)
 
 
+def wait_for_line(path: str) -> str:
+    return Path(path).read_text()
+
+
 def touch(path: str = "default") -> None:
     Path(path).touch()
 

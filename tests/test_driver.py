@@ -359,3 +359,19 @@ def test_threads_that_wait_by_turns(pool: PoolExecutor) -> None:
 
     with cf.ThreadPoolExecutor(3) as threads:
         assert all(threads.map(calls, (0, 1000, 2000)))
+
+
+def test_who_waits_for_the_last_call_after_a_shutdown_ends_the_driver(pool: PoolExecutor, fifo: str) -> None:
+    sleeps(pool)
+    future = pool.submit(tasks.wait_for_line, fifo)
+    pool.shutdown(wait=False)
+    until(lambda: pool._driver._sleeping)
+
+    def then() -> None:
+        until(lambda: pool._driver._borrower)
+        Path(fifo).write_text("go\n")
+
+    with meanwhile(then):
+        assert future.result(DEADLINE) == "go\n"
+    pool._driver._thread.join(DEADLINE)
+    assert not pool._driver._thread.is_alive()

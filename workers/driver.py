@@ -276,7 +276,12 @@ class Driver:
         """Under the lock, when others have had the pool while the driver sleeps, without a deadline."""
         if self._exchange is not None and (self._exchange.dead or self._exchange.arena.due != self._trim):
             return True
-        return bool(self._inbox) or self._changed() or self._pool.next_deadline() is not None
+        return (
+            self._closing  # it ends with the last call
+            or bool(self._inbox)
+            or self._changed()
+            or self._pool.next_deadline() is not None
+        )
 
     def _changed(self) -> bool:
         """Whether the pool's state is not the one that the driver knows."""
