@@ -37,7 +37,8 @@ _LINE = 400  # characters
 
 # Frames below a task's.
 _OURS = re.compile(
-    r'/workers/(worker|workerloop|pickledworker|mapped|coroutines|forked|template|softlimit|memorylimit)\.py", line \d+ in |File "<string>"'
+    r"/workers/(worker|workerloop|pickledworker|mapped|coroutines|forked|template|softlimit|memorylimit)\.py"
+    r'", line \d+ in |File "<string>"'
 )
 
 
