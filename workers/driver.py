@@ -366,7 +366,8 @@ class Driver:
         elif self._pool.restarts != self._restarts:
             self._restarts = self._pool.restarts
             if not self._pool.ready and not self._pool.healthy:
-                self._break("workers die over and over before they have run a call")
+                why = self._pool.trouble or "workers die over and over before they have run a call"
+                self._break(why)
 
     def _tidy(self, exchange: Exchange) -> None:
         if exchange.dead:

@@ -265,6 +265,11 @@ class Pool:
         return self._processes.alive
 
     @property
+    def trouble(self) -> str | None:
+        """Why processes could not be forked lately, such as a want of descriptors."""
+        return self._processes.trouble
+
+    @property
     def healthy(self) -> bool:
         """False while workers die so early and often that there is no sense in taking work."""
         return self._processes.healthy

@@ -93,6 +93,7 @@ class Processes:
         self.size = size
         self.wanted = wanted
         self.failure: str | None = None
+        self.trouble: str | None = None  # why the last fork failed, if none has succeeded since
         self.restarts = 0
         self.starting = 0  # workers that are not ready and not dead
         self._preload = preload
@@ -203,6 +204,7 @@ class Processes:
         """It has finished `calls`."""
         if not worker.finished:
             self._budget.recovered()
+            self.trouble = None
         worker.finished += calls
 
     def leave(self, worker: Worker, now: float) -> None:
@@ -268,7 +270,8 @@ class Processes:
         try:
             fds = [self._scoreboard.fd, *self._fds(worker)]
             self._forkserver.fork(worker.token, self._settings(worker), fds)
-        except OSError:  # out of descriptors
+        except OSError as error:  # out of descriptors
+            self.trouble = f"a worker could not be started: {error.strerror}"
             self._died(worker, 1, now)
 
     def fileno(self) -> int:
@@ -289,7 +292,8 @@ class Processes:
                     worker.max_rss, worker.cpu = event.max_rss, event.cpu
                     worker.said, worker.oom = event.said, event.oom
                     self._died(worker, status, now)
-                case ForkFailed(token, _):
+                case ForkFailed(token, message):
+                    self.trouble = message
                     self._died(self._workers[token], 1, now)
                 case Failed(message, _):
                     self.failure = message
