@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import tempfile
@@ -54,6 +55,13 @@ def folder_for_all() -> Iterator[Path]:
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> str:
+    """A named pipe that nobody has opened: each end waits for the other."""
+    os.mkfifo(tmp_path / "fifo")
+    return str(tmp_path / "fifo")
 
 
 @pytest.fixture

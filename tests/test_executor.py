@@ -42,12 +42,6 @@ def pool() -> Iterator[PoolExecutor]:
         yield pool
 
 
-@pytest.fixture
-def fifo(tmp_path: Path) -> str:
-    os.mkfifo(tmp_path / "fifo")
-    return str(tmp_path / "fifo")
-
-
 def running(future: cf.Future[Any], fifo: str) -> None:
     """Wait until `hang` says that it runs."""
     assert Path(fifo).read_text() == "running\n"

@@ -67,12 +67,6 @@ def nothing_is_left(kind: str, pool: cf.Executor) -> Iterator[None]:
         assert state() == before
 
 
-@pytest.fixture
-def fifo(tmp_path: Path) -> str:
-    os.mkfifo(tmp_path / "fifo")
-    return str(tmp_path / "fifo")
-
-
 # -- submit
 
 

@@ -49,12 +49,6 @@ def pool() -> Iterator[PoolExecutor]:
         yield pool
 
 
-@pytest.fixture
-def fifo(tmp_path: Path) -> str:
-    os.mkfifo(tmp_path / "fifo")
-    return str(tmp_path / "fifo")
-
-
 def shared() -> int:
     """Bytes of shared memory that this process has descriptors of."""
     found = 0
