@@ -36,7 +36,7 @@ from workers.pool import Pool
 from workers.segments import Place, Reader, Segment
 
 STEP = 1000
-"""Calls that the engine takes from its inbox before it looks after the workers again: about a millisecond."""
+"""Calls that the driver takes from its inbox before it looks after the workers again: about a millisecond."""
 
 FAREWELL = 5.0
 """Seconds that workers get to exit at shutdown; they have nothing to do then but their exit functions."""
@@ -62,7 +62,7 @@ class Driver:
         self._pool.exchange = self._exchange = exchange
         self._lent = exchange.lent if exchange else {}  # looked at for every call
         self._trim: float | None = None  # when the driver will see to idle memory
-        self._lock = threading.RLock()  # a collection within may drop an executor, which closes its engine
+        self._lock = threading.RLock()  # a collection within may drop an executor, which closes its driver
         self._inbox: deque[Any] = deque()  # Calls, and commands as tuples
         self._sleeping = False  # the driver does, and the pool is free to be taken
         self._borrower = 0  # the thread that has the pool, while it waits for a call
@@ -329,7 +329,7 @@ class Driver:
                 self._turn()
             self._say_farewell()
         except BaseException as error:
-            self._break(f"the engine has failed: {type(error).__name__}: {error}")
+            self._break(f"the driver has failed: {type(error).__name__}: {error}")
             raise
         finally:
             self._pool.close()

@@ -9,7 +9,7 @@ up while it waited in a worker's window may yet be opened there. A call that is 
 A worker's file of results is the program's, too, from before the fork until the worker's death is settled:
 what it has answered last can be read. Views of it hold their memory themselves.
 
-All but `arena` belongs to the engine's thread.
+All but `arena` belongs to the driver's thread.
 """
 
 from __future__ import annotations
