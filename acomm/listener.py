@@ -14,6 +14,7 @@ A service with thousands of messages a second gives `on_message`, which is calle
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import select
@@ -73,6 +74,9 @@ class Connection(FrameProtocol):
         # peer to move.
         self.waiting_since: float | None = self._loop.time()
         self._listener = listener
+        self._tickets = 0
+        self._turn = 0
+        self._held: dict[int, Callable[[], None]] = {}
         self._messages: deque[bytes | Exception] = deque()
         self._arrived: asyncio.Event | None = None
         self._full = False
@@ -182,8 +186,33 @@ class Connection(FrameProtocol):
         else:
             self._queue(error)
 
-    def acknowledge(self, ack: bytes, *, grants: bool) -> None:
-        """Send an acknowledgement; one that `grants` keeps the connection open for more messages."""
+    def ticket(self) -> int:
+        """A place in the order of acknowledgements, for a message whose own may take a while. Take one for each
+        message, or for none.
+        """
+        self._tickets += 1
+        return self._tickets - 1
+
+    def acknowledge(self, ack: bytes, *, grants: bool, ticket: int | None = None) -> None:
+        """Send an acknowledgement; one that `grants` keeps the connection open for more messages. One with a
+        `ticket` leaves behind those of all earlier tickets.
+        """
+        if ticket is None:
+            self._send_ack(ack, grants)
+        else:
+            self._in_turn(ticket, functools.partial(self._send_ack, ack, grants))
+
+    def _in_turn(self, ticket: int, send: Callable[[], None]) -> None:
+        if ticket != self._turn:
+            self._held[ticket] = send
+            return
+        send()
+        self._turn += 1
+        while self._held and self._turn in self._held:
+            self._held.pop(self._turn)()
+            self._turn += 1
+
+    def _send_ack(self, ack: bytes, grants: bool) -> None:
         if grants:
             self.granted = True
             self.keep()
@@ -191,6 +220,12 @@ class Connection(FrameProtocol):
 
     def refuse(self, error: AcommError) -> None:
         """Tell the peer why, as the acknowledgement of a message that cannot be read, and close."""
+        if self._turn != self._tickets:
+            self._in_turn(self.ticket(), functools.partial(self._refuse, error))
+        else:
+            self._refuse(error)
+
+    def _refuse(self, error: AcommError) -> None:
         if self.raw:
             self.finish()
         else:
@@ -233,7 +268,8 @@ class UnixListener:
 
     `on_message(conn, message)` is called for each message in place of queueing connections for
     `next_conn`. It owes each message of a peer that is not `raw` one `conn.write_message`, at once or
-    later; a peer that has closed its half is kept until it has all of them.
+    later (by `conn.ticket` in their order, if that may not be the order in which they are known); a peer that
+    has closed its half is kept until it has all of them.
 
     A message that is not whole after `frame_timeout` seconds, or a peer that for so long reads nothing
     of what it was sent, ends the connection.

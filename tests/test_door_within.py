@@ -68,11 +68,12 @@ def answers(within: Within, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], 
     """Has the supervisor answer whatever it is asked with a response or a refusal."""
 
     def answer(given: Response | AcommError) -> None:
-        def offer(request: Request, origin: Origin, resolve: Any = None) -> AcommError | None:
+        def offer(request: Request, origin: Origin, decided: Any, resolve: Any = None) -> None:
             if isinstance(given, AcommError):
-                return given
+                decided(given)
+                return
             resolve(given)
-            return None
+            decided(None)
 
         monkeypatch.setattr(within.supervisor, "offer", offer)
 
@@ -437,14 +438,14 @@ class TestLife:
     ) -> None:
         supervisor = Supervisor("servedtasks", workers=1, socket=tmp_path / "s.sock", http="127.0.0.1:0")
         statuses: list[int] = []
-        start = supervisor.listener.start
+        start = supervisor.unix.listener.start
 
         async def starting() -> None:
             within = Within(supervisor)
             statuses.append((await within(within.caller.get, "/readyz")).status)
             await start()
 
-        monkeypatch.setattr(supervisor.listener, "start", starting)
+        monkeypatch.setattr(supervisor.unix.listener, "start", starting)
         async with supervisor:
             assert statuses == [200]
 

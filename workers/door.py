@@ -46,6 +46,7 @@ from workers.errors import (
 from workers.httpaccess import Address, Hosts, Token, check_public_url, is_address, is_loopback, listen
 from workers.openapi import STREAM_TYPES, describe
 from workers.registry import Registry
+from workers.unixdoor import Decided
 
 log = logging.getLogger("acomm.door")
 
@@ -77,8 +78,12 @@ class Service(Protocol):
     tracker: Tracker
 
     def offer(
-        self, request: Request, origin: Origin, resolve: Callable[[Response], None] | None = None
-    ) -> AcommError | None:
+        self,
+        request: Request,
+        origin: Origin,
+        decided: Decided,
+        resolve: Callable[[Response], None] | None = None,
+    ) -> None:
         """Take a request, or say why not."""
 
     def refused(self, error: AcommError) -> None:
@@ -240,7 +245,7 @@ class Door:
             id, wire, extended, _hook = salvage(data)
             return replies.acknowledgement(error, id, wire, extended)
         # A generation that has no acknowledgement is the socket's affair alone.
-        refusal = self._service.offer(message, Origin.http(trusted=trusted))
+        refusal = await self._offer(message, trusted)
         if refusal is not None:
             return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
         ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
@@ -260,7 +265,7 @@ class Door:
             elif response.stream_url is not None:
                 decline(response.stream_url)  # the caller has left, and a worker would wait for nobody
 
-        refusal = self._service.offer(call, Origin.http(trusted=trusted), resolve)
+        refusal = await self._offer(call, trusted, resolve)
         if refusal is not None:
             return replies.refusal(refusal)
         try:
@@ -275,6 +280,19 @@ class Door:
             return await self._piped(request, response)
         body = b"null" if response.result is None else jsontext.encode(response.result, "the result")
         return replies.answer(request, body)
+
+    async def _offer(
+        self, request: Request, trusted: bool, resolve: Callable[[Response], None] | None = None
+    ) -> AcommError | None:
+        """Why the supervisor does not take a request; None if it has."""
+        decision: asyncio.Future[AcommError | None] = asyncio.get_running_loop().create_future()
+
+        def decided(refusal: AcommError | None) -> None:
+            if not decision.done():  # the peer may have left meanwhile
+                decision.set_result(refusal)
+
+        self._service.offer(request, Origin.http(trusted=trusted), decided, resolve)
+        return await decision
 
     async def _piped(self, request: web.BaseRequest, response: Response) -> web.StreamResponse:
         assert response.stream_url is not None

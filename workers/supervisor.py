@@ -1,9 +1,8 @@
 """The supervisor: takes requests at its socket, has them run, runs their handlers, answers their hooks.
 
-    unix socket --> _message --> accept --> Pool.submit        every refusal is the acknowledgement's
-                       |  ack      |
-                       v           +--> Recent, Tracker.track
-                     peer
+    unix sockets, HTTP --> offer --> Pool.submit        every refusal is the acknowledgement's
+                             |
+                             +--> Recent, Tracker.track
     Pool.process_events --> _ended --> Tracker.settle --> handlers --> hook
 
 One event loop does all of it; only handlers run in threads. What is accepted is on the Tracker's table
@@ -30,8 +29,7 @@ import msgspec
 from acomm import handlers, streamsocket
 from acomm.egress import Policy
 from acomm.errors import AcommError
-from acomm.listener import Connection, UnixListener
-from acomm.messages import RESERVED, Request, Response, ok_ack, salvage
+from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
@@ -53,9 +51,9 @@ from workers.errors import (
 from workers.handlerthreads import HandlerThreads
 from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool, WorkerInfo
-from workers.provider import Provider
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
+from workers.unixdoor import Decided, UnixDoor
 from workers.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -117,8 +115,7 @@ class Supervisor:
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
-        self.listener = self._listen(self.config.socket)
-        self.provider = Provider.of(self.config, self.registry, self._listen)
+        self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
         self._recent = Recent()
@@ -136,24 +133,13 @@ class Supervisor:
         self._released = False
         self._started_at = time.monotonic()
 
-    def _listen(self, path: str, task: str | None = None) -> UnixListener:
-        """A listener for requests: for those for `task` alone, if one is named."""
-        return UnixListener(
-            path,
-            mode=self.config.socket_mode,
-            allow_uids=self.config.allow_uid,
-            allow_gids=self.config.allow_gid,
-            max_frame=self.config.max_frame,
-            on_message=functools.partial(self._message, only=task) if task else self._message,
-        )
-
     def __repr__(self) -> str:
         return f"<Supervisor {self.config.socket}, {self.pool!r}>"
 
     @property
     def url(self) -> str:
         """Where requests are sent."""
-        return self.listener.url
+        return self.unix.url
 
     def _make_door(self) -> Door | None:
         if self.config.http is None:
@@ -179,16 +165,9 @@ class Supervisor:
             await self.tracker.start()
             if self.door is not None:
                 await self.door.start()
-            await self.listener.start()
-            self._give_to_group(self.config.socket)
-            if self.provider is not None:
-                await self.provider.start()
-                for path in self.provider.paths:
-                    self._give_to_group(path)
+            await self.unix.start()
         except BaseException:
-            if self.provider is not None:
-                await self.provider.stop()
-            await self.listener.stop(0)
+            await self.unix.stop()
             if self.door is not None:
                 await self.door.close(0)
             await self.tracker.stop(0)
@@ -214,16 +193,6 @@ class Supervisor:
         if not self.pool.healthy:
             raise ConfigError("the workers die while they start; their stderr tells why")
         self._loop.add_reader(self.pool.fileno(), self._drive)
-
-    def _give_to_group(self, path: str) -> None:
-        if self.config.socket_mode == 0o660:
-            try:
-                os.chown(path, -1, self.config.allow_gid[0])
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot give the socket {printable(path)} to group {self.config.allow_gid[0]}: "
-                    f"{error.strerror}"
-                ) from None
 
     async def stop(self, drain_timeout: float | None = None) -> None:
         """Refuse new requests, finish those that were accepted within `drain_timeout` seconds (None: as
@@ -251,9 +220,7 @@ class Supervisor:
         await self.tracker.finish(deadline - self._loop.time() - LAST_POSTS / 2)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.tracker.delivery.drained(), LAST_POSTS / 2)
-        if self.provider is not None:
-            await self.provider.stop()
-        await self.listener.stop(0)
+        await self.unix.stop()
         if self.door is not None:
             await self.door.close(LAST_POSTS if drain_timeout else 0.0)
         await self.tracker.stop(0)
@@ -264,8 +231,7 @@ class Supervisor:
 
     def begin_draining(self) -> None:
         self.draining = True
-        if self.provider is not None:
-            self.provider.hide()
+        self.unix.begin_draining()
 
     async def _stop_workers(self) -> None:
         """Let the workers exit by themselves; those that still run something are killed with the pool."""
@@ -309,50 +275,22 @@ class Supervisor:
 
     # -- requests -----------------------------------------------------------------------------------
 
-    def _message(self, conn: Connection, data: bytes, only: str | None = None) -> None:
-        """A message at the unix socket, or at that of the task `only`: acknowledge or refuse it."""
-        raw = conn.raw
-        origin = Origin.unix(conn.peer.uid)
+    def offer(
+        self, request: Request, origin: Origin, decided: Decided, resolve: Resolve | None = None
+    ) -> None:
+        """Take a request of `origin`: `decided` is told when it was accepted, or why it was refused. What was
+        accepted will be answered, at its hook and by `resolve(response)`.
+        """
         try:
-            request = Request.decode(data, raw=raw)
-        except BadRequest as error:
-            self.refused(error)
-            id, wire, extended, hook = salvage(data, raw=raw)
-            request = Request("?", id=id, response_hook=hook, wire=wire, extended=extended)
-            self._refuse(conn, request, origin, error)
-            return
-        refusal: AcommError | None
-        if only is not None and request.task != only:
-            refusal = UnknownTask(f"no task but {only} is served at this socket")
-            self.refused(refusal)
-        else:
-            refusal = self.offer(request, origin)
-        if refusal is not None:
-            self._refuse(conn, request, origin, refusal)
-        elif not raw:
-            ack = ok_ack(_quote(request.id), request.wire, request.extended)
-            conn.acknowledge(ack, grants=request.extended)
-
-    def _refuse(self, conn: Connection, request: Request, origin: Origin, error: AcommError) -> None:
-        response = Response(request.id, error=error, extended=request.extended)
-        if not conn.raw:
-            ack = response.encode(request.wire, extended=request.extended)
-            conn.acknowledge(ack, grants=request.extended)
-        elif request.response_hook is not None:
-            # Generation 1 has no acknowledgement: its refusal is the answer.
-            self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
-
-    def offer(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> AcommError | None:
-        """As `accept`, for the doors: a refusal is counted and returned, and so is a fault of ours."""
-        try:
-            self.accept(request, origin, resolve)
+            self._accept(request, origin, resolve)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
                 error = AcommError(_INTERNAL)
             self.refused(error)
-            return error
-        return None
+            decided(error)
+        else:
+            decided(None)
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
@@ -364,10 +302,8 @@ class Supervisor:
             return "draining"
         return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
-    def accept(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
-        """Take a request of `origin`: afterwards it will be answered, at its hook and by `resolve(response)`.
-        Raises the AcommError of its refusal, in which case nothing was done.
-        """
+    def _accept(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
+        """Take a request. Raises the AcommError of its refusal, in which case nothing was done."""
         self._check_urls(request, origin)
         if request.task.startswith(RESERVED):
             self._answer_verb(request, origin, resolve)
@@ -614,7 +550,7 @@ class Supervisor:
             "queued": calls.queued,
             "assigned": calls.assigned,
             "streams": {"open": len(self._streams), **self._stream_ends},
-            "connections": self.listener.connections + (self.provider.connections if self.provider else 0),
+            "connections": self.unix.connections,
             "http": None
             if self.door is None
             else {"url": self.door.url, "connections": self.door.connections},

@@ -1,0 +1,143 @@
+"""The unix sockets: requests come in, and their acknowledgements leave in the same order."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from acomm.listener import Connection, UnixListener
+from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.origin import Origin
+from acomm.tracker import Tracker
+from workers.config import Config
+from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
+from workers.provider import Provider
+from workers.registry import Registry
+
+_quote = msgspec.json.encode
+
+Decided = Callable[[AcommError | None], None]
+"""Told, at once or later, that a request was accepted, or why it was refused."""
+
+
+class Service(Protocol):
+    """What the door knows of the supervisor."""
+
+    config: Config
+    registry: Registry
+    tracker: Tracker
+
+    def offer(self, request: Request, origin: Origin, decided: Decided) -> None:
+        """Take a request, or say why not."""
+
+    def refused(self, error: AcommError) -> None:
+        """Count a refusal."""
+
+
+class UnixDoor:
+    """Serves `service` at `config.socket`, and each of its tasks at a socket of its own where the settings say
+    so. Raises ConfigError for settings that do not go together.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._config = service.config
+        self.listener = self._listen(self._config.socket)
+        self.provider = Provider.of(self._config, service.registry, self._listen)
+
+    def _listen(self, path: str, task: str | None = None) -> UnixListener:
+        """A listener for requests: for those for `task` alone, if one is named."""
+        config = self._config
+        return UnixListener(
+            path,
+            mode=config.socket_mode,
+            allow_uids=config.allow_uid,
+            allow_gids=config.allow_gid,
+            max_frame=config.max_frame,
+            on_message=functools.partial(self._message, only=task) if task else self._message,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where requests are sent."""
+        return self.listener.url
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return self.listener.connections + (self.provider.connections if self.provider else 0)
+
+    async def start(self) -> None:
+        """Listen. Raises AddressInUse, ConfigError; call `stop` then, too."""
+        await self.listener.start()
+        self._give_to_group(self._config.socket)
+        if self.provider is not None:
+            await self.provider.start()
+            for path in self.provider.paths:
+                self._give_to_group(path)
+
+    def _give_to_group(self, path: str) -> None:
+        if self._config.socket_mode == 0o660:
+            group = self._config.allow_gid[0]
+            try:
+                os.chown(path, -1, group)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot give the socket {printable(path)} to group {group}: {error.strerror}"
+                ) from None
+
+    def begin_draining(self) -> None:
+        """Have coordinators go to others. Our own socket goes on taking connections, to refuse their requests."""
+        if self.provider is not None:
+            self.provider.hide()
+
+    async def stop(self) -> None:
+        """Close the sockets and all connections."""
+        if self.provider is not None:
+            await self.provider.stop()
+        await self.listener.stop(0)
+
+    # -- requests -----------------------------------------------------------------------------------
+
+    def _message(self, conn: Connection, data: bytes, only: str | None = None) -> None:
+        """A message at the socket, or at that of the task `only`: acknowledge or refuse it."""
+        raw = conn.raw
+        ticket = conn.ticket()
+        origin = Origin.unix(conn.peer.uid)
+        try:
+            request = Request.decode(data, raw=raw)
+        except BadRequest as error:
+            self._service.refused(error)
+            id, wire, extended, hook = salvage(data, raw=raw)
+            request = Request("?", id=id, response_hook=hook, wire=wire, extended=extended)
+            self._refuse(conn, ticket, request, origin, error)
+            return
+
+        def decided(refusal: AcommError | None) -> None:
+            if refusal is not None:
+                self._refuse(conn, ticket, request, origin, refusal)
+            elif not raw:
+                ack = ok_ack(_quote(request.id), request.wire, request.extended)
+                conn.acknowledge(ack, grants=request.extended, ticket=ticket)
+
+        if only is not None and request.task != only:
+            refusal = UnknownTask(f"no task but {only} is served at this socket")
+            self._service.refused(refusal)
+            decided(refusal)
+        else:
+            self._service.offer(request, origin, decided)
+
+    def _refuse(
+        self, conn: Connection, ticket: int, request: Request, origin: Origin, error: AcommError
+    ) -> None:
+        response = Response(request.id, error=error, extended=request.extended)
+        if not conn.raw:
+            ack = response.encode(request.wire, extended=request.extended)
+            conn.acknowledge(ack, grants=request.extended, ticket=ticket)
+        elif request.response_hook is not None:
+            # Generation 1 has no acknowledgement: its refusal is the answer.
+            self._service.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
