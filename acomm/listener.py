@@ -187,8 +187,8 @@ class Connection(FrameProtocol):
             self._queue(error)
 
     def ticket(self) -> int:
-        """A place in the order of acknowledgements, for a message whose own may take a while. Take one for each
-        message, or for none.
+        """A place in the order of acknowledgements, for a message whose own may take a while. Take one for
+        each message, or for none.
         """
         self._tickets += 1
         return self._tickets - 1

@@ -39,8 +39,8 @@ class Service(Protocol):
 
 
 class UnixDoor:
-    """Serves `service` at `config.socket`, and each of its tasks at a socket of its own where the settings say
-    so. Raises ConfigError for settings that do not go together.
+    """Serves `service` at `config.socket`, and each of its tasks at a socket of its own where the settings
+    say so. Raises ConfigError for settings that do not go together.
     """
 
     def __init__(self, service: Service) -> None:
@@ -91,7 +91,7 @@ class UnixDoor:
                 ) from None
 
     def begin_draining(self) -> None:
-        """Have coordinators go to others. Our own socket goes on taking connections, to refuse their requests."""
+        """Have coordinators go to others. Our own socket takes connections yet, to refuse their requests."""
         if self.provider is not None:
             self.provider.hide()
 
