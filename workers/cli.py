@@ -126,6 +126,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--max-frame", type=int, metavar="BYTES", help="The largest message.  [default: 64 MiB]")
 @click.option(
+    "--journal", metavar="PATH", help="Keep accepted requests in this file until they are answered."
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["power", "process"]),
+    help="What an acknowledgement outlives: the loss of power, or of the process alone.  [default: power]",
+)
+@click.option(
     "--drain-timeout", type=float, metavar="SECONDS", help="Time to finish at SIGTERM.  [default: 10]"
 )
 @click.option(

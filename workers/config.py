@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -43,6 +43,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
 
+    `journal` is the path of a file where requests are stored before they are acknowledged (None: nowhere),
+    with `durability` against the loss of "power" or that of the "process" alone.
+
     `http` is where the HTTP door listens, HOST:PORT (None: there is none); `http_url` how others reach it;
     `http_token_file` is a path (None: the socket's, with `.token`), and `http_no_token` lets in everybody who
     can connect; `http_host` are further names that it answers to.
@@ -59,6 +62,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_gid: tuple[Uid, ...] = ()
     allow_hook: tuple[str, ...] = ()
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
+    journal: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    durability: Literal["power", "process"] = "power"
     drain_timeout: Seconds = 10.0
     term_grace: Seconds = Graces().term
     capture: bool = True

@@ -14,14 +14,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import functools
 import logging
 import math
 import os
 import resource
+import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -48,10 +51,13 @@ from workers.errors import (
     printable,
 )
 from workers.handlerthreads import HandlerThreads
+from workers.journal import Journal
+from workers.journalfile import JournalFile, Row
 from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
+from workers.stored import Left, Recovery, StoredRequests
 from workers.unixdoor import Decided, UnixDoor
 from workers.verbs import Verbs
 
@@ -67,6 +73,9 @@ LAST_POSTS = 1.0
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
 
+_SWITCH = 0.0005
+"""Seconds after which a thread gives the interpreter to another that waits for it."""
+
 _ADMITTED_FOR = 1.0
 _MAX_ADMITTED = 4096
 """Seconds, and URLs, for which a URL that the policy has let pass is not looked at again."""
@@ -76,6 +85,19 @@ _INTERNAL = "the supervisor failed at this request; its log tells why"
 _quote = msgspec.json.encode
 
 Resolve = Callable[[Response], None]
+
+
+class Accepted(NamedTuple):
+    """A request that will be done, and its digest: by a `task` of ours, whose call has this `key`, or by the
+    service at its task URL.
+    """
+
+    request: Request
+    content: bytes
+    origin: Origin
+    resolve: Resolve | None = None
+    task: Task[..., Any] | None = None
+    key: bytes | None = None
 
 
 class Supervisor:
@@ -114,6 +136,11 @@ class Supervisor:
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
+        self.stored: StoredRequests | None = None
+        self._recovery: Recovery | None = None
+        self._recovering: asyncio.Task[None] | None = None
+        self.failed = asyncio.Event()
+        self.failure: str | None = None
         self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
@@ -158,7 +185,13 @@ class Supervisor:
         """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
-        self.pool.start()
+        if self.config.journal is not None:
+            self._open_journal(self.config.journal)
+        try:
+            self.pool.start()
+        except BaseException:
+            await self._close_journal()
+            raise
         try:
             await self._workers_ready()
             await self.tracker.start()
@@ -170,8 +203,38 @@ class Supervisor:
             if self.door is not None:
                 await self.door.close(0)
             await self.tracker.stop(0)
+            await self._close_journal()
             self._release()
             raise
+        if self.stored is not None:
+            self._recovery = Recovery(
+                self.stored, self._take_up, lambda: self.tracker.delivery.pending, self.pool.size
+            )
+            self._recovering = self._loop.create_task(self._recover(self._recovery))
+
+    def _open_journal(self, path: str) -> None:
+        file = JournalFile(path, full=self.config.durability == "power")
+        journal = Journal(file, self._journal_failed)
+        self.stored = StoredRequests(journal)
+        journal.start()
+        # Its thread is away from the interpreter for a commit, and else would have to ask for it back for
+        # as long as this says.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
+
+    async def _close_journal(self) -> None:
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.wait({self._recovering})
+        if self.stored is not None:
+            await self.stored.journal.close()
+
+    async def _recover(self, recovery: Recovery) -> None:
+        try:
+            await recovery.run()
+        except sqlite3.Error as error:
+            self._journal_failed(str(error))
+        except Exception:
+            log.exception("what earlier supervisors have left could not be taken up")
 
     async def _workers_ready(self) -> None:
         ready = asyncio.Event()
@@ -208,6 +271,7 @@ class Supervisor:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
+        await self._leave_stored()
         for id in list(self._calls):
             self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
         for id in list(self._forwarded):
@@ -226,7 +290,29 @@ class Supervisor:
         try:
             await self._stop_workers()
         finally:
-            self._release()
+            try:
+                await self._close_journal()
+            finally:
+                self._release()
+
+    async def _leave_stored(self) -> None:
+        """Leave what is stored to the next supervisor; it was no death, and does not count as one."""
+        if self.stored is None:
+            return
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.wait({self._recovering})
+        for table in (self._calls, self._forwarded):
+            for id in [id for id in table if id in self.stored]:
+                self.tracker.remove_request(id)
+                self.stored.leave(id)
+                self._calls.pop(id, None)
+                self._forwarded.discard(id)
+        if self._recovery is not None and (rows := self._recovery.left()):
+            journal = self.stored.journal
+            if journal.broken is None:
+                with contextlib.suppress(sqlite3.Error):
+                    await journal.ask(journal.file.put_back, rows)
 
     def begin_draining(self) -> None:
         self.draining = True
@@ -281,7 +367,13 @@ class Supervisor:
         accepted will be answered, at its hook and by `resolve(response)`.
         """
         try:
-            self._accept(request, origin, resolve)
+            accepted = self._examine(request, origin, resolve)
+            if accepted is not None:
+                # Who waits for the answer itself has been promised nothing until it comes.
+                if self.stored is not None and resolve is None:
+                    self._store(self.stored, accepted, decided)
+                    return
+                self._begin(accepted)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -301,30 +393,27 @@ class Supervisor:
             return "draining"
         return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
-    def _accept(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        """Take a request. Raises the AcommError of its refusal, in which case nothing was done."""
+    def _examine(self, request: Request, origin: Origin, resolve: Resolve | None) -> Accepted | None:
+        """What is to be begun for a request; None if that is answered already. Raises the AcommError of its
+        refusal, in which case nothing was done.
+        """
         self._check_urls(request, origin)
         if request.task.startswith(RESERVED):
             self._answer_verb(request, origin, resolve)
-            return
+            return None
         content = digest(request)
         known = self._recent.known(request.id, time.monotonic())
         if known is not None:
             self._repeated(request, known == content, origin, resolve)
-            return
+            return None
         if self.draining:
             raise ShuttingDown("the supervisor is stopping")
         if request.id in self._streams:  # which may outlast what is remembered of it
             raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
         if request.task_url is not None and request.task_url != self.url:
-            self._forward(request, content, origin, resolve)
-            return
-        task = self._task(request.task)
-        self._check_handlers(request, origin)
-        # A stream that a request brings is an argument, too, and nobody else's.
-        key = None if task.key is None or request.stream_url else task.call_key(request.args)
-        if key is None:
-            task.check_args(request.args)
+            self._check_forward(request, resolve)
+            return Accepted(request, content, origin, resolve)
+        task, key = self._check_call(request, origin)
         if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
             raise BadRequest(
                 f"task {task.name} streams, and nobody could learn where: "
@@ -332,17 +421,119 @@ class Supervisor:
             )
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        call = _call(request, task, origin, key)
-        self.pool.submit(call)
-        self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
+        return Accepted(request, content, origin, resolve, task, key)
+
+    def _check_call(self, request: Request, origin: Origin) -> tuple[Task[..., Any], bytes | None]:
+        """The task of a request, and its call's key. Raises UnknownTask, BadArgs, and for handlers what does
+        not let them run here.
+        """
+        task = self._task(request.task)
+        self._check_handlers(request, origin)
+        # A stream that a request brings is an argument, too, and nobody else's.
+        key = None if task.key is None or request.stream_url else task.call_key(request.args)
+        if key is None:
+            task.check_args(request.args)
+        return task, key
+
+    def _begin(self, accepted: Accepted) -> None:
+        """Have a request done. Raises AcommError when that cannot be begun."""
+        request, content, origin, resolve, task, key = accepted
+        if task is None:
+            self._forward(accepted)
+        else:
+            call = _call(request, task, origin, key)
+            self.pool.submit(call)
+            self._track(request, origin, resolve)
+            self._calls[request.id] = call
+            self._counts["accepted"] += 1
+            if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
+                self._counts["joined"] += 1
+            if not self._drive_due:
+                self._drive_due = True
+                self._loop.call_soon(self._drive)
         self._recent.begin(request.id, content)
-        self._calls[request.id] = call
-        self._counts["accepted"] += 1
-        if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
-            self._counts["joined"] += 1
-        if not self._drive_due:
-            self._drive_due = True
-            self._loop.call_soon(self._drive)
+
+    def _track(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
+        self.tracker.track(
+            request,
+            proxied=True,
+            resolve=resolve,
+            unpickle=True,
+            origin=origin,
+            delivered=self._on_delivered(request.id),
+        )
+
+    # -- what is stored -----------------------------------------------------------------------------
+
+    def _store(self, stored: StoredRequests, accepted: Accepted, decided: Decided) -> None:
+        """Have a request stored, and begun when it is."""
+
+        def done(outcome: Row | AcommError | None) -> None:
+            if outcome is None:
+                decided(None)
+                self._begin_stored(accepted)
+                return
+            refusal: AcommError | None = None
+            if isinstance(outcome, AcommError):
+                refusal = outcome
+            elif outcome.digest != accepted.content:
+                refusal = Conflict(f"the id {printable(outcome.id)} was used for another request")
+            else:
+                self._counts["repeated"] += 1
+            if refusal is not None:
+                self.refused(refusal)
+            self._look_idle()
+            decided(refusal)
+
+        stored.store(accepted.request, accepted.content, accepted.origin, done)
+
+    def _begin_stored(self, accepted: Accepted) -> None:
+        """Begin what has been acknowledged: what goes wrong now is its answer."""
+        request = accepted.request
+        try:
+            self._begin(accepted)
+        except Exception as error:
+            if not isinstance(error, AcommError):
+                log.exception("a request could not be begun")
+                error = AcommError(_INTERNAL)
+            self._answer_unbegun(request, accepted.origin, Response.to(request, error=error))
+
+    def _answer_unbegun(self, request: Request, origin: Origin, response: Response) -> None:
+        self._track(request, origin)
+        self._answer(response)
+
+    def _take_up(self, left: Left) -> None:
+        """Begin, or answer, what an earlier supervisor has left."""
+        request, origin, response = left
+        if response is not None:
+            self._track(request, origin)
+            if response.error is not None and response.error.code == "poisoned":
+                self._answer(response)
+            else:
+                self._told(response)
+            return
+        content = digest(request)
+        try:
+            if request.task_url is not None and request.task_url != self.url:
+                accepted = Accepted(request, content, origin)
+            else:
+                accepted = Accepted(request, content, origin, None, *self._check_call(request, origin))
+        except AcommError as error:
+            self._answer_unbegun(request, origin, Response.to(request, error=error))
+        else:
+            self._begin_stored(accepted)
+
+    def _on_delivered(self, id: str) -> Callable[[AcommError | None], None] | None:
+        return None if self.stored is None else functools.partial(self.stored.delivered, id)
+
+    def _journal_failed(self, text: str) -> None:
+        """Nothing can be promised any more, and what was promised is for the next supervisor."""
+        log.critical("the journal %s cannot be trusted any more: %s", self.config.journal, text)
+        self.failure = (
+            f"the journal {self.config.journal} has failed: {text}; what it holds is taken up again"
+        )
+        self.draining = True
+        self.failed.set()
 
     def _check_urls(self, request: Request, origin: Origin) -> None:
         """Refuse what the policy does not let `origin` name. It is asked again when we connect; here it is
@@ -362,8 +553,8 @@ class Supervisor:
                     self._admitted.clear()
                 self._admitted[url, origin] = now + _ADMITTED_FOR
 
-    def _forward(self, request: Request, content: int, origin: Origin, resolve: Resolve | None) -> None:
-        """Have the service at the request's task URL do it; the answer comes through us."""
+    def _check_forward(self, request: Request, resolve: Resolve | None) -> None:
+        """Raises BadRequest for what cannot be passed on to another service."""
         if request.handlers is not None:
             raise BadRequest("a request for another service cannot bring handlers")
         if request.response_hook is None and resolve is None:
@@ -373,6 +564,10 @@ class Supervisor:
                 "a task URL over HTTP needs a supervisor with --http, where the answer can come in"
             )
 
+    def _forward(self, accepted: Accepted) -> None:
+        """Have the service at the request's task URL do it; the answer comes through us."""
+        request, resolve = accepted.request, accepted.resolve
+
         def answered(response: Response) -> None:
             self._forwarded.discard(request.id)
             self._finished(response)
@@ -380,9 +575,14 @@ class Supervisor:
                 resolve(response)
 
         timeout = self.config.forward_timeout if request.timeout is None else request.timeout
-        self.tracker.forward(request, timeout, origin=origin, resolve=answered)
+        self.tracker.forward(
+            request,
+            timeout,
+            origin=accepted.origin,
+            resolve=answered,
+            delivered=self._on_delivered(request.id),
+        )
         self._forwarded.add(request.id)
-        self._recent.begin(request.id, content)
         self._counts["forwarded"] += 1
 
     def _task(self, name: str) -> Task[..., Any]:
@@ -461,16 +661,25 @@ class Supervisor:
             self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
 
     def _end(self, id: str, response: Response) -> None:
-        if self._calls.pop(id, None) is None:
-            return
+        if self._calls.pop(id, None) is not None:
+            self._answer(response)
+
+    def _answer(self, response: Response) -> None:
+        """Tell the answer to a request; when it is stored, if that is."""
+        if self.stored is None or not self.stored.answer(response, functools.partial(self._told, response)):
+            self._told(response)
+
+    def _told(self, response: Response) -> None:
         try:
             self._finished(response)
             self.tracker.settle(response)
         except Exception:
-            log.exception("the answer to the request %s could not be passed on", printable(id))
+            log.exception("the answer to the request %s could not be passed on", printable(response.id))
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
+        if self._recovery is not None:
+            self._recovery.ended(response.id)
         self._look_idle()
         self._counts["ok" if response.error is None else response.error.code] += 1
         self._recent.finish(response, time.monotonic())
@@ -478,7 +687,8 @@ class Supervisor:
     @property
     def unfinished(self) -> int:
         """What was accepted and has not ended: calls here, those passed on, and streams."""
-        return len(self._calls) + len(self._forwarded) + len(self._streams)
+        journal = 0 if self.stored is None else self.stored.storing + self.stored.answering
+        return len(self._calls) + len(self._forwarded) + len(self._streams) + journal
 
     def _look_idle(self) -> None:
         if not self.unfinished and self._idle is not None:
