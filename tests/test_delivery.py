@@ -168,7 +168,7 @@ async def test_a_stop_ends_the_trying(
     for number in range(3):
         deliveries.post(f"unix://{tmp_path}/hook.sock", Response(f"{number}"), 3)
     async with asyncio.timeout(WAIT):
-        while len(deliveries._retries) < 3:
+        while not deliveries.troubled() or deliveries.troubled()[0]["waiting"] < 3:
             await asyncio.sleep(0)
     deliveries.stop()
     assert "3 responses were not delivered" in caplog.text
@@ -177,7 +177,7 @@ async def test_a_stop_ends_the_trying(
     # One that fails only now is not tried again, either.
     deliveries.post(f"unix://{tmp_path}/hook.sock", Response("late"), 3)
     await drained(deliveries)
-    assert (deliveries.abandoned, len(deliveries._retries)) == (4, 0)
+    assert (deliveries.abandoned, deliveries.troubled()) == (4, [])
 
 
 async def test_closing_the_channels_ends_what_is_under_way(

@@ -37,6 +37,7 @@ ACOMM = {
     "streamproxy": 5,
     "streams": 6,
     "channel": 4,
+    "outbox": 2,
     "delivery": 5,
     "itemstream": 5,
     "sources": 5,

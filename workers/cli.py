@@ -334,9 +334,14 @@ def stats(url: str | None, token_file: str | None, as_json: bool) -> None:
         _echo_json(found)
         return
     workers = found.pop("workers")
+    # A supervisor of another version may not tell of them.
+    troubled = found.get("hooks", {}).pop("troubled", [])
     _echo_table(("figure", "value"), [(name, _plain(value)) for name, value in found.items()])
     rows = [[_plain(value) for value in worker.values()] for worker in workers]
     _echo_table(tuple(workers[0]) if workers else ("workers",), rows)
+    if troubled:
+        rows = [[_plain(value) for value in hook.values()] for hook in troubled]
+        _echo_table(("hook in trouble", *list(troubled[0])[1:]), rows)
 
 
 def _plain(value: Any) -> str:

@@ -767,6 +767,8 @@ class Supervisor:
                 "delivered": delivery.delivered,
                 "pending": delivery.pending,
                 "abandoned": delivery.abandoned,
+                "pending_bytes": delivery.pending_bytes,
+                "troubled": delivery.troubled(),
             },
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
