@@ -560,9 +560,10 @@ class Tracker:
         *,
         origin: Origin | None = None,
         resolve: Callable[[Response], None] | None = None,
+        delivered: Finished | None = None,
     ) -> None:
         """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
-        `resolve`. `origin` is whoever has chosen the URLs. What goes wrong, and the service's refusal, is
+        `resolve`; `delivered` is that of `track`. `origin` is whoever has chosen the URLs. What goes wrong, and the service's refusal, is
         the answer. Raises Conflict, and ConfigError when HTTP is needed and not set up.
 
         Hook and stream of the request are replaced by our own: the next service judges them by who we are.
@@ -582,7 +583,15 @@ class Tracker:
             if resolve is not None:
                 resolve(response)
 
-        self.track(request, timeout, proxied=True, resolve=answered, origin=origin, external=external)
+        self.track(
+            request,
+            timeout,
+            proxied=True,
+            resolve=answered,
+            origin=origin,
+            external=external,
+            delivered=delivered,
+        )
         try:
             if request.stream_url is not None:
                 through = self._with_unix_stream(request, origin, timeout)

@@ -76,6 +76,9 @@ _AFTER_FAULT = 0.1
 _SWITCH = 0.0005
 """Seconds after which a thread gives the interpreter to another that waits for it."""
 
+_GIVE_UP_AFTER = 24 * 3600.0
+"""Seconds after which a stored answer that its hook does not take is a dead letter."""
+
 _ADMITTED_FOR = 1.0
 _MAX_ADMITTED = 4096
 """Seconds, and URLs, for which a URL that the policy has let pass is not looked at again."""
@@ -216,6 +219,7 @@ class Supervisor:
         file = JournalFile(path, full=self.config.durability == "power")
         journal = Journal(file, self._journal_failed)
         self.stored = StoredRequests(journal)
+        self.tracker.delivery.give_up_after = _GIVE_UP_AFTER
         journal.start()
         # Its thread is away from the interpreter for a commit, and else would have to ask for it back for
         # as long as this says.
