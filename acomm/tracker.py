@@ -276,7 +276,7 @@ class Tracker:
         the request's pickled handlers, for whoever has made sure that its sender may run code here;
         `external` takes the response from `handle_external`, too, from who knows this key if it is not empty.
         `delivered(error)` is told when the response is no longer owed: None when its hook has acknowledged,
-        or without one when the handlers have run; else why it was given up. `reload` is that of Delivery.post.
+        or without one when the handlers have run; else why it was given up. `reload` is Delivery.post's.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -563,8 +563,9 @@ class Tracker:
         delivered: Finished | None = None,
     ) -> None:
         """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
-        `resolve`; `delivered` is that of `track`. `origin` is whoever has chosen the URLs. What goes wrong, and the service's refusal, is
-        the answer. Raises Conflict, and ConfigError when HTTP is needed and not set up.
+        `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes wrong, and
+        the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed and not set
+        up.
 
         Hook and stream of the request are replaced by our own: the next service judges them by who we are.
         """

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -63,6 +63,18 @@ class StoredRequests:
 
     def __len__(self) -> int:
         return len(self._seqs)
+
+    def stats(self) -> dict[str, Any]:
+        """The figures of `acomm stats`."""
+        journal = self.journal
+        return {
+            "path": journal.file.path,
+            "epoch": journal.file.epoch,
+            "state": "failed" if journal.broken is not None else "full" if journal.full else "writing",
+            "unfinished": len(self._seqs),
+            "commits": journal.commits,
+            "rows": journal.rows,
+        }
 
     def store(self, request: Request, content: bytes, origin: Origin, stored: Stored) -> None:
         """Store a request of `origin`; `content` is its digest. `stored` is told how it went."""

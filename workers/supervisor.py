@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -154,6 +155,7 @@ class Supervisor:
         self._streams: dict[str, Call] = {}  # answered, and still under way
         self._stream_ends: Counter[str] = Counter()
         self._verbs = Verbs(self)
+        self._errands: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -211,7 +213,7 @@ class Supervisor:
             raise
         if self.stored is not None:
             self._recovery = Recovery(
-                self.stored, self._take_up, lambda: self.tracker.delivery.pending, self.pool.size
+                self.stored, self.take_up, lambda: self.tracker.delivery.pending, self.pool.size
             )
             self._recovering = self._loop.create_task(self._recover(self._recovery))
 
@@ -506,7 +508,7 @@ class Supervisor:
         self._track(request, origin)
         self._answer(response)
 
-    def _take_up(self, left: Left) -> None:
+    def take_up(self, left: Left) -> None:
         """Begin, or answer, what an earlier supervisor has left."""
         request, origin, response = left
         if response is not None:
@@ -727,8 +729,28 @@ class Supervisor:
     # -- control verbs ------------------------------------------------------------------------------
 
     def _answer_verb(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        result = msgspec.Raw(_quote(self._verbs.answer(request)))
-        response = Response(request.id, result, extended=request.extended)
+        answer = self._verbs.answer(request, origin)
+        if inspect.isawaitable(answer):
+            errand = self._loop.create_task(self._answer_later(request, origin, resolve, answer))
+            self._errands.add(errand)
+            errand.add_done_callback(self._errands.discard)
+        else:
+            result = msgspec.Raw(_quote(answer))
+            self._say(request, origin, resolve, Response(request.id, result, extended=request.extended))
+
+    async def _answer_later(
+        self, request: Request, origin: Origin, resolve: Resolve | None, answer: Awaitable[Any]
+    ) -> None:
+        try:
+            response = Response.to(request, msgspec.Raw(_quote(await answer)))
+        except AcommError as error:
+            response = Response.to(request, error=error)
+        except Exception:
+            log.exception("the request %s could not be answered", printable(request.task))
+            response = Response.to(request, error=AcommError(_INTERNAL))
+        self._say(request, origin, resolve, response)
+
+    def _say(self, request: Request, origin: Origin, resolve: Resolve | None, response: Response) -> None:
         if resolve is not None:
             resolve(response)
         if request.response_hook is not None:
@@ -774,6 +796,7 @@ class Supervisor:
                 "pending_bytes": delivery.pending_bytes,
                 "troubled": delivery.troubled(),
             },
+            "journal": None if self.stored is None else self.stored.stats(),
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
             "pool": {"workers": self.pool.wanted, "min": self.pool.least, "max": self.pool.size},
