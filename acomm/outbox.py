@@ -367,11 +367,12 @@ class Outbox:
         for hook in self._tries.expired(now):
             hook.due = True
             self._probes.append(hook)
-        for parcel in self._rests.expired(now):
-            hook = parcel.hook
-            del hook.resting[parcel]
+        rested = self._rests.expired(now)
+        for parcel in rested:  # all of them first, as a probe takes one that rests only for want of others
             parcel.state = State.READY
-            hook.ready.append(parcel)
+            del parcel.hook.resting[parcel]
+            parcel.hook.ready.append(parcel)
+        for hook in {parcel.hook: None for parcel in rested}:
             self._go_on(hook, now)
         self._start_probes()
 

@@ -275,8 +275,8 @@ class Tracker:
         have run; `proxied` posts it to the request's hook, which was chosen by `origin`; `unpickle` runs
         the request's pickled handlers, for whoever has made sure that its sender may run code here;
         `external` takes the response from `handle_external`, too, from who knows this key if it is not empty.
-        `delivered(error)` is told when the response is no longer owed: None when its hook has acknowledged,
-        or without one when the handlers have run; else why it was given up. `reload` is Delivery.post's.
+        `delivered(error)` is told when the response is no longer owed: None when its hook has acknowledged
+        (without one: when the handlers have run), else why it was given up. `reload`: as of Delivery.post.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
