@@ -413,7 +413,7 @@ def test_calls_behind_one_that_lasts_move_to_another_worker(driver: Driver, fifo
 
 
 def template_of(driver: Driver) -> int:
-    return driver.pool._processes._forkserver.pid
+    return driver.pool._processes._current.server.pid
 
 
 def test_the_fork_server_is_killed(driver: Driver, fifo: Fifo) -> None:

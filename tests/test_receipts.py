@@ -108,7 +108,7 @@ import resource, sys
 sys.path[:0] = [{HERE!r}]
 from test_receipts import Call, args, start
 driver = start(2)
-template = driver.pool._processes._forkserver.pid
+template = driver.pool._processes._current.server.pid
 flood = Call("flood", args(256, {stream}, {dies}))
 driver.submit(flood)
 others = [Call("add", b"[%d,1]" % n) for n in range(200)]
