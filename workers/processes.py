@@ -293,7 +293,9 @@ class Processes:
 
     def accept(self, now: float) -> bool:
         """The generation on trial is the one to fork from now on; False if it is not ready any more."""
-        proven = [w for w in self._workers.values() if w.generation is self._trial and w.ready and w.status is None]
+        proven = [
+            w for w in self._workers.values() if w.generation is self._trial and w.ready and w.status is None
+        ]
         if self._trial is None or not proven:
             return False
         past, self._current, self._trial = self._current, self._trial, None
@@ -352,9 +354,7 @@ class Processes:
 
     # -- births and deaths --------------------------------------------------------------------------
 
-    def _generation(
-        self, modules: Sequence[str], paths: Sequence[str], cleanup: Sequence[str]
-    ) -> Generation:
+    def _generation(self, modules: Sequence[str], paths: Sequence[str], cleanup: Sequence[str]) -> Generation:
         generation = Generation(
             modules,
             paths,

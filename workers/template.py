@@ -43,8 +43,8 @@ COMMAND = struct.Struct("=BqiH")
 """Parent to template: kind, token or pid, signal, number of descriptors; the config bytes follow."""
 
 FORK, FORK_MEMFD, KILL, END, CLEAN = range(5)
-"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES, CLEAN
-paths between null bytes.
+"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES,
+CLEAN paths between null bytes.
 """
 
 GRACES = struct.Struct("=dd")
