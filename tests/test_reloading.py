@@ -218,6 +218,7 @@ def test_ten_reloads_under_load_lose_nothing_and_leave_nothing(
         for number in range(2, 12):
             app.write(number)
             client.call("acomm.reload")
+            assert [served.notified()[:11], served.notified()] == ["RELOADING=1", "READY=1"]
     finally:
         enough.set()
         for thread in threads:

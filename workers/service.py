@@ -87,10 +87,6 @@ async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> 
         await service.stop(0)
 
 
-async def _set(event: asyncio.Event) -> None:
-    await event.wait()
-
-
 def _reload(service: Service, under_way: set[asyncio.Task[None]]) -> None:
     """SIGHUP: nobody waits for the outcome, which the log tells."""
 
@@ -128,8 +124,13 @@ async def _failure(service: Service) -> None:
     await service.failed.wait()
 
 
-async def _either(one: asyncio.Event, other: asyncio.Event) -> None:
-    await _first(asyncio.get_running_loop().create_task(_set(one)), other.wait())
+async def _either(*events: asyncio.Event) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 async def _first(work: asyncio.Task[Any], interruption: Coroutine[Any, Any, Any]) -> bool:
@@ -151,11 +152,13 @@ def notify_reloading() -> None:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`."""
+    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`. One that does not read
+    is not waited for.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.send(state.encode())

@@ -91,7 +91,7 @@ class UnixDoor:
                 ) from None
 
     async def follow(self, tasks: Iterable[str]) -> None:
-        """Serve these tasks from now on. Raises AddressInUse, ConfigError, and then serves those that it had."""
+        """Serve these tasks from now on; those that it had, if it raises AddressInUse or ConfigError."""
         if self.provider is not None:
             wanted = Provider.of(self._config, tasks, self._listen)
             assert wanted is not None
