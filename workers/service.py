@@ -152,8 +152,8 @@ def notify_reloading() -> None:
 
 
 def notify(state: str) -> None:
-    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`. One that does not read
-    is not waited for.
+    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`. One that does not
+    read is not waited for.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
