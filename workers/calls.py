@@ -91,10 +91,11 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
     submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
-    and `origin` are for the Job. Workers hold at most `concurrency` calls of its task at a time (None:
-    any number). `rank` is what it is queued by instead of its number, once it was put back in front.
-    `streaming` is the URL of the call's own stream once it has one; `abandoned` is set when that has lost its
-    consumer, and when the call is to be cancelled while it runs.
+    and `origin` are for the Job; `stream_format` is that of its own stream. Workers hold at most
+    `concurrency` calls of its task at a time (None: any number). `rank` is what it is queued by instead of
+    its number, once it was put back in front. `streaming` is the URL of the call's own stream once it has
+    one; `abandoned` is set when that has lost its consumer, and when the call is to be cancelled while it
+    runs.
 
     Of calls that overlap (those of coroutine tasks) a worker runs many at a time. They have a `concurrency`:
     `lanes.UNLIMITED` at least. None is isolated or has a `max_memory`. `sent` is when a worker got one.
@@ -118,6 +119,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     crashes: int = 0
     backoff: Any = None  # attempt -> seconds
     stream_url: str | None = None
+    stream_format: str | None = None
     origin: Origin | None = None
     concurrency: int | None = None
     overlaps: bool = False

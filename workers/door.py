@@ -129,7 +129,7 @@ class Door:
         self._server: web.Server | None = None
         self._listening: asyncio.Server | None = None
         self._reading = {True: 0, False: 0}  # bytes, by whether their sender is trusted
-        self._document: bytes | None = None
+        self._document: tuple[Registry, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Door {self.url}, {self.connections} connections>"
@@ -327,11 +327,11 @@ class Door:
         return web.Response(status=503, body=f"{reason}\n".encode(), headers=replies.TEXT)
 
     async def _openapi(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
-        if self._document is None:
-            self._document = msgspec.json.encode(
-                describe(self._service.registry.schemas(), token=self._token is not None)
-            )
-        return web.Response(body=self._document, headers=replies.JSON)
+        registry = self._service.registry
+        if self._document is None or self._document[0] is not registry:
+            text = msgspec.json.encode(describe(registry.schemas(), token=self._token is not None))
+            self._document = registry, text
+        return web.Response(body=self._document[1], headers=replies.JSON)
 
     # -- bodies -------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -89,6 +89,14 @@ class UnixDoor:
                 raise ConfigError(
                     f"cannot give the socket {printable(path)} to group {group}: {error.strerror}"
                 ) from None
+
+    async def follow(self, tasks: Iterable[str]) -> None:
+        """Serve these tasks from now on; those that it had, if it raises AddressInUse or ConfigError."""
+        if self.provider is not None:
+            wanted = Provider.of(self._config, tasks, self._listen)
+            assert wanted is not None
+            for path in await self.provider.follow(wanted):
+                self._give_to_group(path)
 
     def begin_draining(self) -> None:
         """Have coordinators go to others. Our own socket takes connections yet, to refuse their requests."""
