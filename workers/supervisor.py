@@ -142,6 +142,7 @@ class Supervisor:
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
         self.stored: StoredRequests | None = None
+        self._left = False
         self._recovery: Recovery | None = None
         self._recovering: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
@@ -313,12 +314,13 @@ class Supervisor:
         if self._recovering is not None:
             self._recovering.cancel()
             await asyncio.wait({self._recovering})
-        for table in (self._calls, self._forwarded):
-            for id in [id for id in table if id in self.stored]:
-                self.tracker.remove_request(id)
-                self.stored.leave(id)
-                self._calls.pop(id, None)
-                self._forwarded.discard(id)
+        self._left = True
+        # Those whose answer waits for its commit, too: it is for the next one to tell.
+        for id in [id for id in self.stored if self.tracker.tracked(id) is not None]:
+            self.tracker.remove_request(id)
+            self.stored.leave(id)
+            self._calls.pop(id, None)
+            self._forwarded.discard(id)
         if self._recovery is not None and (rows := self._recovery.left()):
             journal = self.stored.journal
             if journal.broken is None:
@@ -540,7 +542,8 @@ class Supervisor:
         def done(outcome: Row | AcommError | None) -> None:
             if outcome is None:
                 decided(None)
-                self._begin_stored(accepted)
+                if not self._left:
+                    self._begin_stored(accepted)
                 return
             refusal: AcommError | None = None
             if isinstance(outcome, AcommError):
@@ -739,6 +742,8 @@ class Supervisor:
             self._told(response)
 
     def _told(self, response: Response) -> None:
+        if self._left and self.stored is not None and self.tracker.tracked(response.id) is None:
+            return
         try:
             self._finished(response)
             self.tracker.settle(response)
