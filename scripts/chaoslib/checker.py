@@ -21,14 +21,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import inf
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from chaoslib.history import Call, History
 from chaoslib.work import CRASHES, right
 
-PASSING = frozenset({"busy", "shutting_down", "error"})
-"""Codes of refusals that say "later"; `error` is a fault of the supervisor's own, which it survives."""
+PASSING = frozenset({"busy", "shutting_down", "error", "-"})
+"""Codes of refusals that say "later"; `error` is a fault of the supervisor's own, which it survives, `-` that of
+a peer that is told none.
+"""
 
 POISONED_BY = 2
 """Deaths, at the least, before a call is given up as `poisoned`."""
@@ -131,7 +134,7 @@ def _ends(call: Call, faults: Faults, durable: bool) -> Iterator[tuple[str, str]
     if call.way == "raw":
         return
     if call.acked is None:
-        if not any(code not in PASSING for _, code in call.refused):
+        if call.way != "flood" and not any(code not in PASSING for _, code in call.refused):
             yield "hanging", f"sent {call.again + 1} times, and never acknowledged"
         return
     if not call.posts:
@@ -215,7 +218,6 @@ def figures(history: History) -> dict[str, int | float]:
     errors = Counter(_kinds(call.posts[-1][1] for call in acked if call.posts))
     executed = [call for call in calls if call.begins]
     kills = Counter(role for _, role, _ in history.kills)
-    in_flight = sum(_in_flight(executed, at, role, pids) for at, role, pids in history.kills)
     found: dict[str, int | float] = {
         "sent": len(calls),
         "sent again": sum(call.again for call in calls),
@@ -228,7 +230,7 @@ def figures(history: History) -> dict[str, int | float]:
         "cut in a frame": len(history.cut),
         "executions": sum(len(call.begins) for call in executed),
         "extra executions": sum(len(call.begins) - 1 for call in executed),
-        "in flight at kills": in_flight,
+        "in flight at kills": _in_flight(executed, history.kills),
         **{f"killed: {role}": count for role, count in sorted(kills.items())},
         "supervisors that ended by themselves": len(history.downs) - kills["supervisor"],
         **{f"fault: {name}": count for name, count in sorted(history.faults.items())},
@@ -245,10 +247,19 @@ def _kinds(outcomes: Iterable[str]) -> Iterator[str]:
         yield "a result" if kind == "ok" else _code_of(unquote(text)) if code == "-" else code
 
 
-def _in_flight(executed: list[Call], at: int, role: str, pids: frozenset[int]) -> int:
-    """Executions that a kill has hit: begun before it, and not answered."""
-    return sum(
-        any(begun < at and (role == "supervisor" or pid in pids) for begun, pid in call.begins)
-        and not any(posted < at for posted, _ in call.posts)
-        for call in executed
-    )
+def _in_flight(executed: list[Call], kills: list[tuple[int, str, frozenset[int]]]) -> int:
+    """Executions that kills have hit: begun before one, and not answered."""
+    answered = {call.id: min(call.posts)[0] for call in executed if call.posts}
+    begins = sorted(min(call.begins)[0] for call in executed)
+    ends = sorted(answered.values())
+    of_worker: dict[int, list[tuple[int, float]]] = {}
+    for call in executed:
+        for begun, pid in call.begins:
+            of_worker.setdefault(pid, []).append((begun, answered.get(call.id, inf)))
+    hit = 0
+    for at, role, pids in kills:
+        if role == "supervisor":
+            hit += bisect_left(begins, at) - bisect_left(ends, at)
+        else:
+            hit += sum(begun < at <= end for pid in pids for begun, end in of_worker.get(pid, ()))
+    return hit

@@ -2,8 +2,9 @@
 nanoseconds of the monotonic clock, which all processes of a machine share.
 
 by clients (one file each)
-    sent ID TASK NUMBER WAY     about to be sent for the first time; WAY is kept, plain, raw (no acknowledgement) or
-                                user (a Client, which keeps its acknowledgements and hook to itself)
+    sent ID TASK NUMBER WAY     about to be sent for the first time; WAY is kept, plain, raw (no acknowledgement),
+                                flood (not sent again) or user (a Client, which keeps its acknowledgements and
+                                hook to itself)
     again ID                    about to be sent again, as no acknowledgement came, or a refusal that may pass
     acked ID                    acknowledged without an error
     refused ID CODE             acknowledged with an error
