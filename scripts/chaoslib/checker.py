@@ -91,7 +91,9 @@ def _within(times: list[int], since: int, until: int) -> int:
 def check(history: History, *, durable: bool) -> list[Violation]:
     """All breaches, those of one kind together."""
     faults = Faults(history)
-    found = [Violation(*breach) for call in history.calls.values() for breach in _breaches(call, faults, durable)]
+    found = [
+        Violation(*breach) for call in history.calls.values() for breach in _breaches(call, faults, durable)
+    ]
     found += [
         Violation("stranger", id, "it was cut short, and executed or answered all the same")
         for id in history.cut
@@ -117,11 +119,13 @@ def _breaches(call: Call, faults: Faults, durable: bool) -> Iterator[tuple[str, 
             yield "refused", call.id, f"{code}, {_seconds(at - call.sent)} after it was sent"
     yield from ((kind, call.id, what) for kind, what in _ends(call, faults, durable))
     yield from ((kind, call.id, what) for kind, what in _outcomes(call, faults, durable))
-    for (begun, pid), (next_begun, _) in zip(
-        sorted(call.begins), sorted(call.begins)[1:], strict=False
-    ):
+    for (begun, pid), (next_begun, _) in zip(sorted(call.begins), sorted(call.begins)[1:], strict=False):
         if not faults.worker_died(pid, begun, next_begun):
-            yield "again", call.id, f"executed {len(call.begins)} times, though its worker {pid} was not killed"
+            yield (
+                "again",
+                call.id,
+                f"executed {len(call.begins)} times, though its worker {pid} was not killed",
+            )
             break
 
 

@@ -80,8 +80,8 @@ class Call:
         "refused",
         "returned",
         "sent",
-        "task",
         "taken",
+        "task",
         "way",
     )
 

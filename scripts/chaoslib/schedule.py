@@ -71,7 +71,9 @@ def plan(seed: int, seconds: float, faults: tuple[str, ...], *, rate: float = 1.
         chances = random.Random(f"{seed} {fault}")
         at = chances.expovariate(A_MINUTE[fault] * rate / 60)
         while at < seconds:
-            found.append(Planned(at, fault, chances.random(), _lasts(fault, chances), _detail(fault, chances)))
+            found.append(
+                Planned(at, fault, chances.random(), _lasts(fault, chances), _detail(fault, chances))
+            )
             at += chances.expovariate(A_MINUTE[fault] * rate / 60)
     return sorted(found)
 
