@@ -29,8 +29,8 @@ from chaoslib.history import Call, History
 from chaoslib.work import CRASHES, right
 
 PASSING = frozenset({"busy", "shutting_down", "error", "-"})
-"""Codes of refusals that say "later"; `error` is a fault of the supervisor's own, which it survives, `-` that of
-a peer that is told none.
+"""Codes of refusals that say "later"; `error` is a fault of the supervisor's own, which it survives, `-` that
+of a peer that is told none.
 """
 
 POISONED_BY = 2
@@ -193,10 +193,11 @@ def _code_of(text: str) -> str:
         ("on purpose: ", "task_error"),
         ("poison", "poisoned"),
         ("is stopping", "shutting_down"),
+        ("the journal ", "busy"),
     ):
         if part in text:
             return code
-    return "busy" if "retry" in text or "try again" in text else text
+    return text
 
 
 def story(call: Call) -> list[str]:

@@ -1,4 +1,4 @@
-"""A disk for the journal that can be full: a small file system of its own if we may mount one, else the shim."""
+"""A disk for the journal that can be full: a file system of its own if we may mount one, else the shim."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class NoDisk(Exception):
 
 
 class Disk:
-    """The folder `path`, which exists while this is open. Raises NoDisk if it can never be full, unless that is
-    not `wanted`.
+    """The folder `path`, which exists while this is open. Raises NoDisk if it can never be full, unless that
+    is not `wanted`.
     """
 
     def __init__(self, path: Path, shim: Shim | None, *, wanted: bool) -> None:

@@ -2,9 +2,9 @@
 nanoseconds of the monotonic clock, which all processes of a machine share.
 
 by clients (one file each)
-    sent ID TASK NUMBER WAY     about to be sent for the first time; WAY is kept, plain, raw (no acknowledgement),
-                                flood (not sent again) or user (a Client, which keeps its acknowledgements and
-                                hook to itself)
+    sent ID TASK NUMBER WAY     about to be sent for the first time; WAY is kept, plain, raw (no
+                                acknowledgement), flood (not sent again) or user (a Client, which keeps its
+                                acknowledgements and its hook to itself)
     again ID                    about to be sent again, as no acknowledgement came, or a refusal that may pass
     acked ID                    acknowledged without an error
     refused ID CODE             acknowledged with an error
@@ -23,8 +23,8 @@ by the runner
     orphans MILLISECONDS        all processes of a killed supervisor were gone after so long
     fault NAME FIELD...         any other fault begins
 
-An OUTCOME is `ok:RESULT` or `error:CODE:TEXT`, percent-encoded; peers that do not ask for codes are told none,
-and write `-`.
+An OUTCOME is `ok:RESULT` or `error:CODE:TEXT`, percent-encoded; peers that do not ask for codes are told
+none, and write `-`.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ class Call:
 
 
 class History:
-    """All lines that were fed, by id, and the faults. The order between files does not matter, that within one
-    does.
-    """
+    """All lines that were fed, by id, and the faults. The order between files does not matter."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Call] = {}

@@ -1,4 +1,4 @@
-"""The supervisor under test: started, started again when it ends, and struck, as an init system and fate would."""
+"""The supervisor under test: started again whenever it ends, as an init system does, and struck."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Keeper:
         self._command = command
         self._folder = folder
         self._log = log
+        self._stderr = os.open(folder / "stderr", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._notify.bind(str(folder / "notify"))
         self._environment = {**environment, "NOTIFY_SOCKET": str(folder / "notify")}
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
-        self._stopped: set[int] = set()  # pidfds
         self._watching: set[asyncio.Task[None]] = set()
         self.up = asyncio.Event()
 
@@ -58,15 +58,14 @@ class Keeper:
 
     async def _keep(self) -> None:
         while True:
-            with open(self._folder / "stderr", "ab") as stderr:
-                self._process = process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=stderr,
-                    cwd=self._folder,
-                    env=self._environment,
-                )
+            self._process = process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=self._stderr,
+                cwd=self._folder,
+                env=self._environment,
+            )
             readiness = asyncio.create_task(self._await_ready(process.pid))
             status = await process.wait()
             readiness.cancel()
@@ -93,12 +92,18 @@ class Keeper:
                 return await self._process.wait()
         finally:
             self.kill_all()
-            self._notify.close()
 
     def kill_all(self) -> None:
         """Whatever happens, nothing of ours goes on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+
+    def close(self) -> None:
+        self.kill_all()
+        self._notify.close()
+        os.close(self._stderr)
 
     # -- faults -------------------------------------------------------------------------------------
 

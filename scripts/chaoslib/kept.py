@@ -1,4 +1,4 @@
-"""A client on our own channels: thousands of requests on one kept connection, and a hook that keeps its own."""
+"""A client on our own channels: all requests on one kept connection, and a hook that keeps its own."""
 
 from __future__ import annotations
 

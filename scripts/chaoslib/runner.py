@@ -7,10 +7,10 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from chaoslib.checker import unsettled
 from chaoslib.disk import Disk
@@ -55,7 +55,9 @@ class Peer:
 
     @classmethod
     async def start(cls, module: str, given: Given, environment: dict[str, str]) -> Peer:
-        with open(Path(given.folder, f"{given.name}.stderr"), "wb") as stderr:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        stderr = os.open(Path(given.folder, f"{given.name}.stderr"), flags)
+        try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -66,6 +68,8 @@ class Peer:
                 stderr=stderr,
                 env=environment,
             )
+        finally:
+            os.close(stderr)
         assert process.stdout is not None
         if await process.stdout.readline() != b"ready\n":
             raise RuntimeError(f"{given.name} did not start; see {given.folder}/{given.name}.stderr")
@@ -117,7 +121,7 @@ class Run:
                     await self._settle()
                 status = await self._keeper.stop()
             finally:
-                self._keeper.kill_all()
+                self._keeper.close()
             if status:
                 self._log.note("fault", f"exit-status-{status}")
         self._read()
@@ -199,7 +203,8 @@ class Run:
             case "disk":
                 self._last(self._full_disk(fault.for_seconds))
             case "calls":
-                self._fail_a_call(*fault.detail)
+                call, error, after = fault.detail
+                self._fail_a_call(str(call), str(error), int(after))
             case "cut":
                 self._log.note("fault", "cut")
                 peers["rough"].tell("cut")
@@ -214,8 +219,8 @@ class Run:
                 }
                 strikes[fault.fault]()
 
-    def _last(self, fault: object) -> None:
-        task = asyncio.get_running_loop().create_task(fault)  # type: ignore[arg-type]
+    def _last(self, fault: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(fault)
         self._lasting.add(task)
         task.add_done_callback(self._lasting.discard)
 
@@ -234,7 +239,6 @@ class Run:
         template = self._keeper.template()
         pid = (template.pid if template else None) if call == "fork" else self._keeper.pid
         if pid is not None and self._shim is not None:
-            self._log.note("fault", f"{call}-{error}")
             self._shim.arm(call, error, pid=pid, after=after)
 
     # -- the end ------------------------------------------------------------------------------------
@@ -245,6 +249,9 @@ class Run:
             await asyncio.wait(self._lasting)
         if self._shim is not None:
             self._shim.disarm_all()
+            for call, times in self._shim.failed.items():
+                for _ in range(times):
+                    self._log.note("fault", f"{call}-failed")
         for peer in self._peers.values():
             peer.tell("settle")
         loop = asyncio.get_running_loop()

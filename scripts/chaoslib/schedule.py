@@ -63,8 +63,8 @@ class Planned(NamedTuple):
 
 
 def plan(seed: int, seconds: float, faults: tuple[str, ...], *, rate: float = 1.0) -> list[Planned]:
-    """The faults within `seconds`, in order. Each kind strikes by a random process of its own, so that leaving
-    one out does not move the others. `rate` multiplies how often.
+    """The faults within `seconds`, in order. Each kind has random numbers of its own, so that leaving one out
+    does not move the others. `rate` multiplies how often they strike.
     """
     found = []
     for fault in faults:

@@ -1,4 +1,4 @@
-"""System calls that fail at the Nth time: `shim.c`, compiled where it is used, and the page that steers it."""
+"""System calls that fail at the Nth time: `shim.c`, compiled at run time, and the page that steers it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import mmap
 import shutil
 import struct
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
 
 _SLOTS = 16
 _slot = struct.Struct("8i")  # call, pid, after, times, error, seen, failed, unused
-_NUMBERS = {name: number for number, name in enumerate("write fsync fdatasync open accept fork".split(), 1)}
+_NAMES = dict(enumerate("write fsync fdatasync open accept fork".split(), 1))
+_NUMBERS = {name: number for number, name in _NAMES.items()}
 
 
 class NoCompiler(Exception):
@@ -37,6 +39,7 @@ class Shim:
         with open(path, "r+b") as file:
             self._page = mmap.mmap(file.fileno(), 0)
         self._next = 0
+        self.failed: Counter[str] = Counter()  # of those that were disarmed, by call
         self.environment = {"LD_PRELOAD": str(library), "CHAOS_PAGE": str(path)}
 
     def arm(self, call: str, error: str, *, pid: int, after: int, times: int = 1) -> int:
@@ -53,7 +56,11 @@ class Shim:
         return slot
 
     def disarm(self, slot: int) -> None:
-        self._page[slot * _slot.size : slot * _slot.size + 4] = bytes(4)
+        at = slot * _slot.size
+        call, *_, failed, _ = _slot.unpack_from(self._page, at)
+        if call:
+            self.failed[_NAMES[call]] += failed
+        self._page[at : at + 4] = bytes(4)
 
     def disarm_all(self) -> None:
         for slot in range(_SLOTS):
