@@ -18,7 +18,7 @@ ROWS = [
 NAMED = re.compile(r"`(test_\w+\.py)((?:::\w+)+)`")
 
 
-def tests_in(file: str) -> Iterator[str]:
+def names_in(file: str) -> Iterator[str]:
     """The names of a file's tests, as pytest spells them."""
     for node in ast.parse((HERE / file).read_text()).body:
         if isinstance(node, ast.ClassDef):
@@ -36,7 +36,7 @@ def test_each_fault_has_tests_that_exist(row: list[str]) -> None:
     assert named
     assert NAMED.sub("", told).strip() == ""
     for file, name in named:
-        assert name in set(tests_in(file)), f"{file} has no {name}"
+        assert name in set(names_in(file)), f"{file} has no {name}"
 
 
 def test_no_row_is_left_out() -> None:

@@ -69,8 +69,12 @@ class Faults:
         return _within(self.downs, since, until) > 0
 
     def supervisor_was_away(self, since: int, until: int) -> bool:
-        """Whether at any time of these it was down, or was started again."""
-        return self.supervisor_died(since, until) or _within(self.ups, since, until) > 0
+        """Whether there was a time within these at which it took no requests."""
+        died = bisect_left(self.downs, until + 1)
+        if not died:
+            return False
+        # It came back before they began, or it did not.
+        return not any(self.downs[died - 1] < up < since for up in self.ups)
 
     def deaths(self, since: int, until: int) -> int:
         return _within(self.downs, since, until) + self.worker_deaths(since, until)
@@ -182,8 +186,8 @@ def _explained(call: Call, at: int, what: str, faults: Faults) -> bool:
         return deaths >= POISONED_BY
     if call.way == "user" and code in ("connection_lost", "unreachable", "shutting_down"):
         return faults.supervisor_was_away(call.sent, at)
-    # Generation 1 has no acknowledgement, so refusals come as answers.
-    return call.way == "raw" and code in PASSING
+    # Refusals come as answers in generation 1, which has no acknowledgement, and to a Client's callers.
+    return call.way in ("raw", "user") and code in PASSING
 
 
 def _code_of(text: str) -> str:
