@@ -165,7 +165,7 @@ def _on_redis(path: str) -> Iterator[Contender]:
         from redis import Redis
         from rq import Queue
 
-        queue = Queue(connection=Redis(unix_socket_path=path))
+        queue = Queue(connection=Redis(unix_socket_path=path, max_connections=1024))
         yield Contender("RQ, Redis", partial(theirs, partial(queue.enqueue, identity), queue.empty))
 
 
