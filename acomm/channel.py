@@ -714,7 +714,7 @@ async def send(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAUL
     message is written. Raises the acknowledgement's error, ConnectionLost when none came within
     `timeout` seconds, BadRequest for a URL that nothing can be sent to.
     """
-    if isinstance(payload, Request):
+    if isinstance(payload, Request) and urls.unix_path(url) is not None:
         # We close the connection behind the acknowledgement, and the answer is for whoever is at the hook.
         payload = msgspec.structs.replace(payload, detached=True)
     channels = Channels(timeout=timeout)
