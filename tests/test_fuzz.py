@@ -1,4 +1,4 @@
-"""The fuzzers' targets stand a few thousand mutated inputs, the same ones each time; `scripts/fuzz` gives more."""
+"""The targets of `scripts/fuzz` stand some thousand mutated inputs, the same ones each time."""
 
 from __future__ import annotations
 
