@@ -8,6 +8,7 @@ import math
 import random
 import tempfile
 from typing import Any, Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
@@ -142,6 +143,9 @@ def _reading(cls: Any, data: bytes) -> Any:
     }
     if found.get("args") == b"null":
         found["args"] = None  # the quick way leaves it as it is, and it means the same
+    for name in ("response_hook", "task_url", "stream_url"):
+        if found.get(name) is not None and not found[name].startswith("unix:"):
+            found[name] = urlunsplit(urlsplit(found[name]))  # an empty query or fragment does not travel
     return found
 
 
