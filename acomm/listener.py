@@ -73,6 +73,8 @@ class Connection(FrameProtocol):
         # Since when a message has been expected or has been incomplete; None while it is not for the
         # peer to move.
         self.waiting_since: float | None = self._loop.time()
+        # Told, once, when the connection is gone; not if we have closed it ourselves by `close`.
+        self.on_lost: Callable[[], None] | None = None
         self._listener = listener
         self._tickets = 0
         self._turn = 0
@@ -138,6 +140,7 @@ class Connection(FrameProtocol):
 
     def close(self) -> Done[None]:
         """Close once everything sent has left."""
+        self.on_lost = None
         self.finish()
         return Done(None)
 
@@ -257,6 +260,9 @@ class Connection(FrameProtocol):
         super().connection_lost(exc)
         self._wake()
         self._listener._disconnected(self)
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost()
 
 
 class UnixListener:

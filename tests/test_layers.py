@@ -46,11 +46,13 @@ ACOMM = {
     "multi": 7,
     "submitting": 8,
     "watch": 8,
+    "within": 0,
     "client": 9,
     "__init__": TOP,
 }
 
 WORKERS = {
+    "callers": 0,
     "callkey": 0,
     "ending": 0,
     "errors": 0,

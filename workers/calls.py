@@ -7,7 +7,7 @@ arrays, not maps, as thousands of them may ride in one message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -66,6 +66,10 @@ class Failure(msgspec.Struct, array_like=True):
         return from_wire(self.message, {"code": self.code, "type": self.type, "traceback": self.traceback})
 
 
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""How long a call ran. An infinite one would spoil what is predicted of its task for ever."""
+
+
 class Answer(msgspec.Struct, array_like=True):
     """What a worker says of a call: its result as JSON or its failure, and the seconds it ran.
 
@@ -73,7 +77,7 @@ class Answer(msgspec.Struct, array_like=True):
     """
 
     number: int
-    seconds: float
+    seconds: Seconds
     result: bytes | None
     failure: Failure | None = None
     stream: str | None = None

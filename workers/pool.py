@@ -610,7 +610,10 @@ class Pool:
 
     def _running_of(self, number: int) -> Running:
         slot = self._slot_of(number)
-        return Running(0, 0.0) if slot is None else Running(slot.call, slot.started)
+        if slot is None:
+            return Running(0, 0.0)
+        # Whatever a worker writes there, no limit is so far away that no timer can be set for it.
+        return Running(slot.call, min(slot.started, time.monotonic()))
 
     def _carry_out(self, doom: Doom | Plea) -> None:
         worker = self._processes.get(doom.worker)

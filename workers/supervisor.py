@@ -24,7 +24,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -37,6 +37,7 @@ from acomm.origin import Origin
 from acomm.tracker import HANDLER_WAIT, Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service
+from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
 from workers.ending import Graces
@@ -147,6 +148,7 @@ class Supervisor:
         self._recovering: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
         self.failure: str | None = None
+        self.callers = Callers()
         self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
@@ -733,8 +735,11 @@ class Supervisor:
             self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
 
     def _end(self, id: str, response: Response) -> None:
-        if self._calls.pop(id, None) is not None:
-            self._answer(response)
+        if self._calls.pop(id, None) is None:
+            return
+        if self.callers.waiting:
+            self.callers.ended(id)
+        self._answer(response)
 
     def _answer(self, response: Response) -> None:
         """Tell the answer to a request; when it is stored, if that is."""
@@ -836,6 +841,14 @@ class Supervisor:
         if outcome is not None:
             self._ended(outcome)
         self._set_timer()
+
+    def caller_left(self, caller: Hashable) -> None:
+        """Cancel the calls that ended with `caller`, as nobody else waits for them."""
+        for id in self.callers.left(caller):
+            call = self._calls.get(id)
+            if call is not None:
+                self._counts["deserted"] += 1
+                self.cancel(call)
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is."""

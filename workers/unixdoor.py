@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from acomm.listener import Connection, UnixListener
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
 from acomm.tracker import Tracker
+from workers.callers import GRACE, Callers
 from workers.config import Config
 from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
 from workers.provider import Provider
@@ -30,12 +32,16 @@ class Service(Protocol):
     config: Config
     registry: Registry
     tracker: Tracker
+    callers: Callers
 
     def offer(self, request: Request, origin: Origin, decided: Decided) -> None:
         """Take a request, or say why not."""
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
+
+    def caller_left(self, caller: Connection) -> None:
+        """Cancel the calls that nobody waits for any more."""
 
 
 class UnixDoor:
@@ -48,6 +54,7 @@ class UnixDoor:
         self._config = service.config
         self.listener = self._listen(self._config.socket)
         self.provider = Provider.of(self._config, service.registry, self._listen)
+        self._graces: dict[Connection, asyncio.TimerHandle] = {}
 
     def _listen(self, path: str, task: str | None = None) -> UnixListener:
         """A listener for requests: for those for `task` alone, if one is named."""
@@ -105,6 +112,8 @@ class UnixDoor:
 
     async def stop(self) -> None:
         """Close the sockets and all connections."""
+        while self._graces:
+            self._graces.popitem()[1].cancel()
         if self.provider is not None:
             await self.provider.stop()
         await self.listener.stop(0)
@@ -131,6 +140,8 @@ class UnixDoor:
             elif not raw:
                 ack = ok_ack(_quote(request.id), request.wire, request.extended)
                 conn.acknowledge(ack, grants=request.extended, ticket=ticket)
+                if request.task in self._service.registry.end_with_callers:
+                    self._wait_for_answer(conn, request)
 
         if only is not None and request.task != only:
             refusal = UnknownTask(f"no task but {only} is served at this socket")
@@ -138,6 +149,24 @@ class UnixDoor:
             decided(refusal)
         else:
             self._service.offer(request, origin, decided)
+
+    def _wait_for_answer(self, conn: Connection, request: Request) -> None:
+        """The call goes with its connection, if that is one that stays until the answer."""
+        if not request.extended or request.detached:
+            return
+        self._service.callers.add(request.id, conn)
+        if conn.closed:
+            self._lost(conn)  # while it was decided
+        elif conn.on_lost is None:
+            conn.on_lost = functools.partial(self._lost, conn)
+
+    def _lost(self, conn: Connection) -> None:
+        if conn not in self._graces:
+            self._graces[conn] = asyncio.get_running_loop().call_later(GRACE, self._left, conn)
+
+    def _left(self, conn: Connection) -> None:
+        del self._graces[conn]
+        self._service.caller_left(conn)
 
     def _refuse(
         self, conn: Connection, ticket: int, request: Request, origin: Origin, error: AcommError
