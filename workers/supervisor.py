@@ -434,17 +434,23 @@ class Supervisor:
     # -- requests -----------------------------------------------------------------------------------
 
     def offer(
-        self, request: Request, origin: Origin, decided: Decided, resolve: Resolve | None = None
+        self,
+        request: Request,
+        origin: Origin,
+        decided: Decided,
+        resolve: Resolve | None = None,
+        message: bytes | None = None,
     ) -> None:
         """Take a request of `origin`: `decided` is told when it was accepted, or why it was refused. What was
-        accepted will be answered, at its hook and by `resolve(response)`.
+        accepted will be answered, at its hook and by `resolve(response)`. `message` is what `Request.decode`
+        alone has made the request from, if it was: it need not be encoded again to be stored.
         """
         try:
             accepted = self._examine(request, origin, resolve)
             if accepted is not None:
                 # Who waits for the answer itself has been promised nothing until it comes.
                 if self.stored is not None and resolve is None:
-                    self._store(self.stored, accepted, decided)
+                    self._store(self.stored, accepted, decided, message)
                     return
                 self._begin(accepted)
         except Exception as error:
@@ -538,7 +544,9 @@ class Supervisor:
 
     # -- what is stored -----------------------------------------------------------------------------
 
-    def _store(self, stored: StoredRequests, accepted: Accepted, decided: Decided) -> None:
+    def _store(
+        self, stored: StoredRequests, accepted: Accepted, decided: Decided, message: bytes | None
+    ) -> None:
         """Have a request stored, and begun when it is."""
 
         def done(outcome: Row | AcommError | None) -> None:
@@ -559,7 +567,7 @@ class Supervisor:
             self._look_idle()
             decided(refusal)
 
-        stored.store(accepted.request, accepted.content, accepted.origin, done)
+        stored.store(accepted.request, accepted.content, accepted.origin, done, message)
 
     def _begin_stored(self, accepted: Accepted) -> None:
         """Begin what has been acknowledged: what goes wrong now is its answer."""
