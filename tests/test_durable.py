@@ -195,7 +195,7 @@ def test_a_request_that_kills_supervisors_is_poisoned(serve: Serve, hook: Hook, 
 
 
 def accepted_or_dead(served: Served, id: str, hook: str) -> None:
-    with contextlib.suppress(OSError, AssertionError, IndexError):
+    with contextlib.suppress(OSError, EOFError):
         served.ask(request(id, "echo", hook, [1]))
 
 

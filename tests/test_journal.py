@@ -198,9 +198,10 @@ async def test_a_question_that_fails_says_so(kit: Kit) -> None:
 
 
 async def test_the_log_is_brought_into_the_file_when_there_is_time(kit: Kit, tmp_path: Path) -> None:
-    kit.accept("a")
-    await kit.told.until(1)
     before = (tmp_path / "j.db").stat().st_size
+    for n in range(100):
+        kit.accept(f"r{n}")
+    await kit.told.until(100)
     async with asyncio.timeout(WAIT):
         while (tmp_path / "j.db").stat().st_size == before:
             await kit.journal.ask(kit.file.count_unfinished)

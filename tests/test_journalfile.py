@@ -237,8 +237,8 @@ class TestWhoseFile:
         file.write(batch(entries=[entry(seq) for seq in range(1, 2000)]))
         file.close()
         with open(path, "r+b") as raw:
-            raw.seek(4096)
-            raw.write(b"\xff" * 8192)
+            raw.seek(journalfile.PAGE)
+            raw.write(b"\xff" * 50_000)
         assert "damaged" in self.refused(path)
 
     def test_a_link_or_folder(self, path: str, tmp_path: Path) -> None:
