@@ -310,6 +310,17 @@ class Dispatcher:
             seconds += sum(self._predicted.get(call.task, 0.0) for call in unplaced) / self.overlap
         return count, seconds
 
+    def ahead(self, priority: int) -> int:
+        """How many calls wait for a worker that come before a new one of that priority."""
+        waiting = self.queued - len(self._backoff)
+        order = self._order
+        if len(order) > 1 or (order and order[0] < priority):
+            waiting -= sum(len(queue) for other, queue in self._queues.items() if other < priority)
+        for lanes in (self._lanes, self._overlapping):
+            if lanes:
+                waiting -= lanes.below(priority)
+        return max(waiting, 0)  # given-up calls may still be in a queue
+
     def _unplaced(self) -> list[Call]:
         """Calls that overlap and that no worker has room for."""
         calls = self._overlapping.startable(BACKLOG_PART)

@@ -25,13 +25,14 @@ import msgspec
 from aiohttp import web
 
 from acomm import jsontext
+from acomm.accepted import Accepted
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream
 from acomm.tracker import Tracker
 from workers import httpreplies as replies
-from workers.config import Config
+from workers.config import HTTP_CONNECTIONS, Config
 from workers.errors import (
     AcommError,
     BadRequest,
@@ -53,14 +54,7 @@ log = logging.getLogger("acomm.door")
 READ_TIMEOUT = 30.0
 """Seconds for a request to come whole, for a new connection to begin one, and for a kept one to stay idle."""
 
-MAX_CONNECTIONS = 1024
-
 _AT_ONCE = 0.01  # seconds; aiohttp takes none for no limit
-
-UNREAD_BUDGET = 4
-"""Of the largest bodies, how many may be on their way in at a time, and as many of senders without the token,
-who then only get into each other's way. Small ones that come in one piece do not count.
-"""
 
 _CONNECTION: dict[str, Any] = {
     "access_log": None,
@@ -176,7 +170,7 @@ class Door:
 
     def _protocol(self) -> asyncio.Protocol:
         assert self._server is not None
-        if len(self._server.connections) >= MAX_CONNECTIONS:
+        if len(self._server.connections) >= HTTP_CONNECTIONS:
             return replies.Full()
         return _Protocol(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
 
@@ -245,10 +239,10 @@ class Door:
             id, wire, extended, _hook = salvage(data)
             return replies.acknowledgement(error, id, wire, extended)
         # A generation that has no acknowledgement is the socket's affair alone.
-        refusal = await self._offer(message, trusted)
+        refusal, accepted = await self._offer(message, trusted)
         if refusal is not None:
             return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
-        ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
+        ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended, accepted)
         return replies.answer(request, ack)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
@@ -265,7 +259,7 @@ class Door:
             elif response.stream_url is not None:
                 decline(response.stream_url)  # the caller has left, and a worker would wait for nobody
 
-        refusal = await self._offer(call, trusted, resolve)
+        refusal, _ = await self._offer(call, trusted, resolve)
         if refusal is not None:
             return replies.refusal(refusal)
         try:
@@ -283,13 +277,14 @@ class Door:
 
     async def _offer(
         self, request: Request, trusted: bool, resolve: Callable[[Response], None] | None = None
-    ) -> AcommError | None:
-        """Why the supervisor does not take a request; None if it has."""
-        decision: asyncio.Future[AcommError | None] = asyncio.get_running_loop().create_future()
+    ) -> tuple[AcommError | None, Accepted | None]:
+        """Why the supervisor does not take a request, None if it has; and where that stands."""
+        loop = asyncio.get_running_loop()
+        decision: asyncio.Future[tuple[AcommError | None, Accepted | None]] = loop.create_future()
 
-        def decided(refusal: AcommError | None) -> None:
+        def decided(refusal: AcommError | None, accepted: Accepted | None = None, /) -> None:
             if not decision.done():  # the peer may have left meanwhile
-                decision.set_result(refusal)
+                decision.set_result((refusal, accepted))
 
         self._service.offer(request, Origin.http(trusted=trusted), decided, resolve)
         return await decision
@@ -384,7 +379,10 @@ class Door:
             self._reading[trusted] -= reserved
 
     def _reserve(self, size: int, trusted: bool) -> None:
-        if size > 0 and self._reading[trusted] + size > UNREAD_BUDGET * self._service.config.max_frame:
+        """Count bytes of a body that is on its way in. Senders without the token have a budget of their own, and
+        only get into each other's way. Small bodies that come in one piece do not count.
+        """
+        if size > 0 and self._reading[trusted] + size > self._service.config.unread_bytes:
             raise Busy("too many large requests are on their way in", retry_after=replies.RETRY_AFTER)
         self._reading[trusted] += size
 

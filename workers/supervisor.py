@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from acomm import handlers, streamsocket
+from acomm.accepted import Accepted
 from acomm.egress import Policy
 from acomm.errors import AcommError
 from acomm.messages import RESERVED, Request, Response
@@ -34,6 +35,7 @@ from acomm.origin import Origin
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service
+from workers.admission import Account, Admission
 from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
 from workers.ending import Graces
@@ -48,6 +50,7 @@ from workers.errors import (
     UnknownTask,
     printable,
 )
+from workers.forecast import Forecast
 from workers.handlerthreads import HandlerThreads
 from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool, WorkerInfo
@@ -115,6 +118,8 @@ class Supervisor:
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
+        self.admission = Admission(self.config.max_queued, self.config.max_queued_bytes, self.config.share)
+        self._forecast = Forecast()
         self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
@@ -171,7 +176,7 @@ class Supervisor:
             if self.door is not None:
                 await self.door.close(0)
             await self.tracker.stop(0)
-            self._release()
+            self._close()
             raise
 
     async def _workers_ready(self) -> None:
@@ -227,7 +232,7 @@ class Supervisor:
         try:
             await self._stop_workers()
         finally:
-            self._release()
+            self._close()
 
     def begin_draining(self) -> None:
         self.draining = True
@@ -249,7 +254,7 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(gone.wait(), LAST_POSTS)
 
-    def _release(self) -> None:
+    def _close(self) -> None:
         self._released = True
         for timer in (self._timer, self._pause):
             if timer is not None:
@@ -282,7 +287,7 @@ class Supervisor:
         accepted will be answered, at its hook and by `resolve(response)`.
         """
         try:
-            self._accept(request, origin, resolve)
+            accepted = self._accept(request, origin, resolve)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -290,7 +295,7 @@ class Supervisor:
             self.refused(error)
             decided(error)
         else:
-            decided(None)
+            decided(None, accepted)
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
@@ -302,24 +307,31 @@ class Supervisor:
             return "draining"
         return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
-    def _accept(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        """Take a request. Raises the AcommError of its refusal, in which case nothing was done."""
+    def _accept(self, request: Request, origin: Origin, resolve: Resolve | None) -> Accepted | None:
+        """Take a request; where it stands, if its sender is to know. Raises the AcommError of its refusal, in
+        which case nothing was done.
+        """
         self._check_urls(request, origin)
         if request.task.startswith(RESERVED):
             self._answer_verb(request, origin, resolve)
-            return
+            return None
         content = digest(request)
-        known = self._recent.known(request.id, time.monotonic())
+        now = time.monotonic()
+        known = self._recent.known(request.id, now)
         if known is not None:
             self._repeated(request, known == content, origin, resolve)
-            return
+            return None
         if self.draining:
             raise ShuttingDown("the supervisor is stopping")
         if request.id in self._streams:  # which may outlast what is remembered of it
             raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
+        # Before the arguments are looked into: to say no should cost little.
+        account = self.admission.account(origin)
+        size = 0 if request.args is None else len(memoryview(request.args))
+        self.admission.check(account, size, now, functools.partial(self._gap, now))
         if request.task_url is not None and request.task_url != self.url:
-            self._forward(request, content, origin, resolve)
-            return
+            self._forward(request, content, origin, resolve, account)
+            return None
         task = self._task(request.task)
         self._check_handlers(request, origin)
         # A stream that a request brings is an argument, too, and nobody else's.
@@ -334,8 +346,12 @@ class Supervisor:
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
         call = _call(request, task, origin, key)
+        call.account = account
+        dispatcher = self.pool.dispatcher
+        ahead = dispatcher.ahead(call.priority) if request.extended else 0
         self.pool.submit(call)
         self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
+        self.admission.take(account, size)
         self._recent.begin(request.id, content)
         self._calls[request.id] = call
         self._counts["accepted"] += 1
@@ -344,6 +360,31 @@ class Supervisor:
         if not self._drive_due:
             self._drive_due = True
             self._loop.call_soon(self._drive)
+        return self._standing(call, ahead, now) if request.extended else None
+
+    def _standing(self, call: Call, ahead: int, now: float) -> Accepted:
+        """Where a call that has just been accepted stands, `ahead` others being before it."""
+        dispatcher = self.pool.dispatcher
+        if call.run is not None and dispatcher.holder(call.number) is not None:
+            return Accepted(0, 0.0)  # it shares a run that a worker has
+        if not ahead and dispatcher.assigned < self.pool.ready:
+            return Accepted(0, 0.0)
+        gap = self._gap(now, call.task)
+        return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
+
+    def _gap(self, now: float, task: str | None = None) -> float | None:
+        """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the last."""
+        return self._forecast.gap(now, functools.partial(self._predict, task))
+
+    def _predict(self, task: str | None) -> float | None:
+        """The same by the run times of the tasks whose calls wait."""
+        dispatcher, workers = self.pool.dispatcher, max(self.pool.ready, 1)
+        if dispatcher.queued:
+            _, seconds = dispatcher.backlog()
+            if seconds:
+                return seconds / dispatcher.queued / workers
+        seconds_each = None if task is None else dispatcher.predicted(task)
+        return None if seconds_each is None else seconds_each / workers
 
     def _check_urls(self, request: Request, origin: Origin) -> None:
         """Refuse what the policy does not let `origin` name. It is asked again when we connect; here it is
@@ -363,7 +404,9 @@ class Supervisor:
                     self._admitted.clear()
                 self._admitted[url, origin] = now + _ADMITTED_FOR
 
-    def _forward(self, request: Request, content: int, origin: Origin, resolve: Resolve | None) -> None:
+    def _forward(
+        self, request: Request, content: int, origin: Origin, resolve: Resolve | None, account: Account
+    ) -> None:
         """Have the service at the request's task URL do it; the answer comes through us."""
         if request.handlers is not None:
             raise BadRequest("a request for another service cannot bring handlers")
@@ -376,13 +419,16 @@ class Supervisor:
 
         def answered(response: Response) -> None:
             self._forwarded.discard(request.id)
+            self.admission.release(account, size)
             self._finished(response)
             if resolve is not None:
                 resolve(response)
 
+        size = 0 if request.args is None else len(memoryview(request.args))
         timeout = self.config.forward_timeout if request.timeout is None else request.timeout
         self.tracker.forward(request, timeout, origin=origin, resolve=answered)
         self._forwarded.add(request.id)
+        self.admission.take(account, size)
         self._recent.begin(request.id, content)
         self._counts["forwarded"] += 1
 
@@ -462,13 +508,21 @@ class Supervisor:
             self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
 
     def _end(self, id: str, response: Response) -> None:
-        if self._calls.pop(id, None) is None:
+        call = self._calls.pop(id, None)
+        if call is None:
             return
+        if id not in self._streams:  # else it has only begun
+            self._release(call)
         try:
             self._finished(response)
             self.tracker.settle(response)
         except Exception:
             log.exception("the answer to the request %s could not be passed on", printable(id))
+
+    def _release(self, call: Call) -> None:
+        """A call has ended, and what it took is free."""
+        self.admission.release(call.account, 0 if call.args is None else len(call.args))
+        self._forecast.ended(time.monotonic(), self.pool.dispatcher.queued > 0)
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
@@ -503,6 +557,7 @@ class Supervisor:
         call = self._streams.pop(id, None)
         if call is None:
             return
+        self._release(call)
         self._look_idle()
         self._stream_ends["ok" if error is None else error.code] += 1
         if error is not None:
@@ -550,6 +605,8 @@ class Supervisor:
             "queued": calls.queued,
             "assigned": calls.assigned,
             "streams": {"open": len(self._streams), **self._stream_ends},
+            "admission": self.admission.stats(),
+            "room": self.unix.room.stats(),
             "connections": self.unix.connections,
             "http": None
             if self.door is None
