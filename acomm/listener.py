@@ -206,8 +206,8 @@ class Connection(FrameProtocol):
             self._queue(error)
 
     def ticket(self) -> int:
-        """A place in the order of acknowledgements, for a message whose own may take a while. Take one for each
-        message, or for none.
+        """A place in the order of acknowledgements, for a message whose own may take a while. Take one for
+        each message, or for none.
         """
         self._tickets += 1
         return self._tickets - 1
@@ -362,8 +362,9 @@ class UnixListener:
     later (by `conn.ticket` in their order, if that may not be the order in which they are known); a peer that
     has closed its half is kept until it has all of them.
 
-    `room` says how many connections there may be, and how much may be unfinished; several listeners can have it
-    in common. Beyond that a connection that has kept us waiting for longest goes, or the new one is told Busy.
+    `room` says how many connections there may be, and how much may be unfinished; several listeners can have
+    it in common. Beyond that a connection that has kept us waiting for longest goes, or the new one is told
+    Busy.
 
     A message that is not whole after `frame_timeout` seconds, or a peer that for so long reads nothing
     of what it was sent, ends the connection.

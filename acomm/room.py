@@ -28,8 +28,8 @@ MAX_HELD = 64
 
 
 class Room(Generic[G]):
-    """At most `most` guests, whose unfinished messages may have `unread` bytes; of each uid at most `share` of
-    both. `now` is on the event loop's clock.
+    """At most `most` guests, whose unfinished messages may have `unread` bytes; of each uid at most `share`
+    of both. `now` is on the event loop's clock.
     """
 
     def __init__(self, most: int = sys.maxsize, unread: int = sys.maxsize, share: float = 1.0) -> None:
@@ -108,8 +108,8 @@ class Room(Generic[G]):
         return None
 
     def slowest(self, uid: int, now: float) -> G | None:
-        """Who should leave for a guest of `uid`: of those that have kept us waiting for too long, the one that
-        has for longest; one of its own, if it is of these that there are too many.
+        """Who should leave for a guest of `uid`: of those that have kept us waiting for too long, the one
+        that has for longest; one of its own, if it is of these that there are too many.
         """
         own = self._count[uid] > self._each
         queues = [self._waiting.get(uid, {})] if own else self._waiting.values()

@@ -1,4 +1,5 @@
-"""Which requests are taken: so many at a time, with so many bytes of arguments, and of nobody too large a part.
+"""Which requests are taken: so many at a time, with so many bytes of arguments, and of nobody too large a
+part.
 
     check --> (accepted) take --> ... --> release        what was accepted and has not ended counts:
        |                                                 that which waits, and that which runs
@@ -6,8 +7,8 @@
 
 Nothing waits here, and a request that is turned away is forgotten. But who comes back at once is turned away
 again, and so would all be who are told the same moment. So each is told a time of his own: places become free
-one after the other, every `gap` seconds, and each who is turned away is told the time of a further one. No more
-than there are: when all that is under way has ended, there is room for everybody.
+one after the other, every `gap` seconds, and each who is turned away is told the time of a further one. No
+more than there are: when all that is under way has ended, there is room for everybody.
 
 Pure, without a clock, and all of it in a time that does not depend on how many requests there are.
 """
@@ -56,7 +57,9 @@ class Admission:
         self._accounts: dict[Hashable, Account] = {}
 
     def stats(self) -> dict[str, float]:
-        """What is under way, what is the most of it, for all and for one caller, and how many were refused."""
+        """What is under way, what is the most of it, for all and for one caller, and how many were
+        refused.
+        """
         return {
             "requests": self.total.requests,
             "max_queued": self.requests,
@@ -77,8 +80,8 @@ class Admission:
         """Whether a request with `size` bytes of arguments may be taken. Raises Busy, with an honest
         `retry_after`, and TooLarge for one that could never be.
 
-        `gap` tells the seconds from one end of a call to the next, None if that is not known. It is asked only
-        if the request is turned away.
+        `gap` tells the seconds from one end of a call to the next, None if that is not known. It is asked
+        only if the request is turned away.
         """
         total = self.total
         if (

@@ -119,7 +119,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"min_workers is {config.min_workers}, and workers only {config.workers}")
         if config.unread_bytes < config.max_frame:
             raise ConfigError(
-                f"max_unread_bytes is {config.unread_bytes}, and a message may have {config.max_frame} (max_frame)"
+                f"max_unread_bytes is {config.unread_bytes}, and max_frame {config.max_frame}: it must be as much"
             )
         return config
 
@@ -138,8 +138,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def share(self) -> float:
-        """The most that one caller may have of what is limited: everything, where there is only one. Over HTTP
-        those with the token are one, and those without are another.
+        """The most that one caller may have of what is limited: everything, where there is only one. Over
+        HTTP those with the token are one, and those without are another.
         """
         return 1.0 if self.socket_mode == 0o600 and self.http is None else self.max_share
 

@@ -379,8 +379,8 @@ class Door:
             self._reading[trusted] -= reserved
 
     def _reserve(self, size: int, trusted: bool) -> None:
-        """Count bytes of a body that is on its way in. Senders without the token have a budget of their own, and
-        only get into each other's way. Small bodies that come in one piece do not count.
+        """Count bytes of a body that is on its way in. Senders without the token have a budget of their own,
+        and only get into each other's way. Small bodies that come in one piece do not count.
         """
         if size > 0 and self._reading[trusted] + size > self._service.config.unread_bytes:
             raise Busy("too many large requests are on their way in", retry_after=replies.RETRY_AFTER)

@@ -1,4 +1,5 @@
-"""When the next calls end, by what calls took before: what is told to those who wait, or are turned away. Pure.
+"""When the next calls end, by what calls took before: what is told to those who wait, or are turned away.
+Pure.
 
 Two things are known. Calls have ended every so many seconds while others waited, which has everything in it
 that calls cost. And the tasks of those that wait have taken so many seconds to run, which is known before any
@@ -46,8 +47,8 @@ class Forecast:
             self._ends = 0
 
     def gap(self, now: float, predict: Callable[[], float | None]) -> float | None:
-        """Seconds from one end to the next; None if nothing is known. `predict` tells them by the tasks of the
-        calls that wait, and is asked now and then.
+        """Seconds from one end to the next; None if nothing is known. `predict` tells them by the tasks of
+        the calls that wait, and is asked now and then.
         """
         if now >= self._look_at:
             self._predicted = predict()

@@ -373,7 +373,9 @@ class Supervisor:
         return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
 
     def _gap(self, now: float, task: str | None = None) -> float | None:
-        """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the last."""
+        """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the
+        last.
+        """
         return self._forecast.gap(now, functools.partial(self._predict, task))
 
     def _predict(self, task: str | None) -> float | None:

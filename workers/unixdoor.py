@@ -49,8 +49,8 @@ class Service(Protocol):
 
 
 class UnixDoor:
-    """Serves `service` at `config.socket`, and each of its tasks at a socket of its own where the settings say
-    so. Raises ConfigError for settings that do not go together.
+    """Serves `service` at `config.socket`, and each of its tasks at a socket of its own where the settings
+    say so. Raises ConfigError for settings that do not go together.
     """
 
     def __init__(self, service: Service) -> None:
@@ -103,8 +103,8 @@ class UnixDoor:
         taken = descriptors.connections(wanted, limit, workers=self._config.workers, others=http)
         if taken < wanted:
             log.warning(
-                "at most %d connections are taken, and not %d (max_connections), as only %d descriptors may be "
-                "open (ulimit -n)",
+                "at most %d connections are taken, and not %d (max_connections), as only %d descriptors may "
+                "be open (ulimit -n)",
                 taken,
                 wanted,
                 limit,
@@ -122,7 +122,9 @@ class UnixDoor:
                 ) from None
 
     def begin_draining(self) -> None:
-        """Have coordinators go to others. Our own socket goes on taking connections, to refuse their requests."""
+        """Have coordinators go to others. Our own socket goes on taking connections, to refuse their
+        requests.
+        """
         if self.provider is not None:
             self.provider.hide()
 
