@@ -119,7 +119,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ConfigError(f"min_workers is {config.min_workers}, and workers only {config.workers}")
         if config.unread_bytes < config.max_frame:
             raise ConfigError(
-                f"max_unread_bytes is {config.unread_bytes}: it must be max_frame, {config.max_frame}, or more"
+                f"max_unread_bytes is {config.unread_bytes}, less than max_frame: {config.max_frame}"
             )
         return config
 
