@@ -42,6 +42,12 @@ DEFAULT_TIMEOUT = 30.0
 PLAIN_CONNECTIONS = 64
 """Connections to one peer that takes one message a connection, at a time."""
 
+HTTP_CONNECTIONS = 32
+UNPROVEN_HTTP_CONNECTIONS = 8
+"""POSTs to one URL at a time: the fewer until it has answered, one more for each answer. A host lends twice
+the most of one URL, so that one which takes connections and says nothing leaves as many to the others.
+"""
+
 _VERDICT_WAIT = 0.25
 """Seconds that messages wait to learn whether a new peer grants a channel. Our own answer in well under
 a millisecond; a peer that takes longer gets a connection a message meanwhile.
@@ -179,8 +185,10 @@ class Channels:
         from acomm.egress import Guard
 
         if origin is None or self.policy is None:
-            return httpegress.session(None, timeout=self.timeout)
-        return httpegress.session(Guard(self.policy, origin), timeout=self.timeout)
+            guard = None
+        else:
+            guard = Guard(self.policy, origin)
+        return httpegress.session(guard, timeout=self.timeout, limit_per_host=2 * HTTP_CONNECTIONS)
 
     def idle(self, channel: Channel) -> None:
         """A channel has nothing under way and no connection: forget it, so that short-lived hooks leave
@@ -199,7 +207,9 @@ class Channels:
 
 
 class Channel:
-    """What both kinds share: a URL, the tasks under way, and their end."""
+    """What both kinds share: a URL, the tasks under way, and their end. `limit`: so many at a time."""
+
+    limit = PLAIN_CONNECTIONS
 
     def __init__(self, owner: Channels, url: str, origin: Origin | None) -> None:
         self.owner = owner
@@ -249,7 +259,7 @@ class Channel:
 
     def more(self) -> None:
         """Something has ended: start what waits, or be forgotten."""
-        while self.queue and self.under_way < PLAIN_CONNECTIONS:
+        while self.queue and self.under_way < self.limit:
             self.start(self.queue.popleft())
         self.rest()
 
@@ -630,9 +640,19 @@ def _ack_error(message: bytes) -> tuple[bool, AcommError | None]:
 class HttpChannel(Channel):
     """Messages to one HTTP URL, a POST each."""
 
+    limit = UNPROVEN_HTTP_CONNECTIONS
+
     def post(self, message: Outgoing) -> None:
         self.queue.append(message)
         self.more()
+
+    async def _run(self, message: Outgoing) -> AcommError | None:
+        error = await super()._run(message)
+        if isinstance(error, ConnectionLost):
+            self.limit = UNPROVEN_HTTP_CONNECTIONS
+        else:
+            self.limit = min(self.limit + 1, HTTP_CONNECTIONS)
+        return error
 
     async def exchange(self, message: Outgoing) -> AcommError | None:
         import aiohttp

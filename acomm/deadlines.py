@@ -43,6 +43,14 @@ class Deadlines(Generic[K]):
     def discard(self, key: K) -> None:
         self._due.pop(key, None)
 
+    def when(self, key: K) -> float:
+        """The deadline of `key`. Raises KeyError."""
+        return self._due[key][0]
+
+    def first(self) -> K | None:
+        """The key with the earliest deadline; None if there is none."""
+        return None if self.next() is None else self._heap[0][2]
+
     def next(self) -> float | None:
         """When the next deadline is; None if there is none."""
         heap = self._heap

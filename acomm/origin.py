@@ -24,6 +24,25 @@ class Origin(NamedTuple):
         return cls("http", None, trusted)
 
     @property
+    def text(self) -> str:
+        """It as text, for `parse`."""
+        if self.via == "unix":
+            return f"unix:{self.uid}"
+        return f"{self.via}:trusted" if self.trusted else self.via
+
+    @classmethod
+    def parse(cls, text: str) -> Origin:
+        """The origin whose `text` it is. Raises ValueError."""
+        via, _, rest = text.partition(":")
+        if via == "unix":
+            return cls.unix(int(rest))
+        if via == "http":
+            return cls.http(trusted=rest == "trusted")
+        if text == "program":
+            return cls("program")
+        raise ValueError(f"not an origin: {text!r}")
+
+    @property
     def local(self) -> bool:
         """Whether it may reach the loopback. All that sets one origin's HTTP apart from another's, so there
         is one session for those that may and one for those that may not.

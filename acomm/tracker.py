@@ -40,6 +40,7 @@ from acomm.errors import (
 )
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
+from acomm.outbox import Finished, Reload
 from acomm.transport import Done
 from acomm.urls import replace_localhost, unix_path
 
@@ -87,10 +88,20 @@ class Tracked:
     """A request on the table. `resolve` is told the response; `proxied` sends it on to the hook, which
     `origin` has chosen; `pickled` are handlers that came with it and may be unpickled here. `external`:
     its answer may come over HTTP, with this key if it is not empty. `acknowledged`: it was sent by `post`,
-    and its service has it.
+    and its service has it. `delivered` and `reload` are those of `Tracker.track`.
     """
 
-    __slots__ = ("acknowledged", "external", "origin", "pickled", "proxied", "request", "resolve")
+    __slots__ = (
+        "acknowledged",
+        "delivered",
+        "external",
+        "origin",
+        "pickled",
+        "proxied",
+        "reload",
+        "request",
+        "resolve",
+    )
 
     def __init__(
         self,
@@ -100,6 +111,8 @@ class Tracked:
         pickled: Handlers | None,
         origin: Origin | None,
         external: str | None,
+        delivered: Finished | None,
+        reload: Reload | None,
     ) -> None:
         self.request = request
         self.proxied = proxied
@@ -107,6 +120,8 @@ class Tracked:
         self.pickled = pickled
         self.origin = origin
         self.external = external
+        self.delivered = delivered
+        self.reload = reload
         self.acknowledged = False
 
 
@@ -253,11 +268,15 @@ class Tracker:
         unpickle: bool = False,
         origin: Origin | None = None,
         external: str | None = None,
+        delivered: Finished | None = None,
+        reload: Reload | None = None,
     ) -> None:
         """As `track_request`, for services: `resolve(response)` is told the response after the handlers
         have run; `proxied` posts it to the request's hook, which was chosen by `origin`; `unpickle` runs
         the request's pickled handlers, for whoever has made sure that its sender may run code here;
         `external` takes the response from `handle_external`, too, from who knows this key if it is not empty.
+        `delivered(error)` is told when the response is no longer owed: None when its hook has acknowledged
+        (without one: when the handlers have run), else why it was given up. `reload`: as of Delivery.post.
         """
         if not self._started:
             raise RuntimeError("the tracker is not running: start it first")
@@ -266,7 +285,9 @@ class Tracker:
         if request.id in self._table:
             raise Conflict(f"the request id {printable(request.id)} is already tracked")
         pickled = request.handlers if unpickle else None
-        self._table[request.id] = Tracked(request, proxied, resolve, pickled, origin, external)
+        self._table[request.id] = Tracked(
+            request, proxied, resolve, pickled, origin, external, delivered, reload
+        )
         self._empty.clear()
         if timeout != math.inf:
             when = asyncio.get_running_loop().time() + timeout
@@ -383,22 +404,44 @@ class Tracker:
                 log.exception("what waited for the response %s failed", printable(response.id))
         if entry.proxied:
             try:
-                self.deliver(request, response, entry.origin)
+                self.deliver(request, response, entry.origin, finished=entry.delivered, reload=entry.reload)
             except TypeError as error:
                 log.error("the result of task %s cannot be sent: %s", printable(request.task), error)
-                self.deliver(request, Response(request.id, error=TaskError(str(error))), entry.origin)
+                answer = Response(request.id, error=TaskError(str(error)))
+                self.deliver(request, answer, entry.origin, finished=entry.delivered)
+        elif entry.delivered is not None:
+            _tell(entry.delivered, request)
 
-    def deliver(self, request: Request, response: Response, origin: Origin | None = None) -> None:
-        """Post a response to the request's hook, if it has one; `origin` has chosen it.
+    def deliver(
+        self,
+        request: Request,
+        response: Response,
+        origin: Origin | None = None,
+        *,
+        finished: Finished | None = None,
+        reload: Reload | None = None,
+    ) -> None:
+        """Post a response to the request's hook, if it has one; `origin` has chosen it. `finished` and
+        `reload` are those of Delivery.post; without a hook nothing is owed, and `finished` is told at once.
 
         Raises TypeError for a result that JSON cannot express.
         """
         hook = request.response_hook
         if hook is None:
+            if finished is not None:
+                _tell(finished, request)
             return
         response = self._within_reach(hook, response)
         # Whether to say more is for the one who asked, not for the one who answered.
-        self.delivery.post(hook, response, request.wire, extended=request.extended, origin=origin)
+        self.delivery.post(
+            hook,
+            response,
+            request.wire,
+            extended=request.extended,
+            origin=origin,
+            finished=finished,
+            reload=reload,
+        )
 
     def _within_reach(self, hook: str, response: Response) -> Response:
         """The response with a stream that its hook can read: over HTTP no unix socket is."""
@@ -517,10 +560,12 @@ class Tracker:
         *,
         origin: Origin | None = None,
         resolve: Callable[[Response], None] | None = None,
+        delivered: Finished | None = None,
     ) -> None:
         """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
-        `resolve`. `origin` is whoever has chosen the URLs. What goes wrong, and the service's refusal, is
-        the answer. Raises Conflict, and ConfigError when HTTP is needed and not set up.
+        `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes wrong, and
+        the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed and not set
+        up.
 
         Hook and stream of the request are replaced by our own: the next service judges them by who we are.
         """
@@ -539,7 +584,15 @@ class Tracker:
             if resolve is not None:
                 resolve(response)
 
-        self.track(request, timeout, proxied=True, resolve=answered, origin=origin, external=external)
+        self.track(
+            request,
+            timeout,
+            proxied=True,
+            resolve=answered,
+            origin=origin,
+            external=external,
+            delivered=delivered,
+        )
         try:
             if request.stream_url is not None:
                 through = self._with_unix_stream(request, origin, timeout)
@@ -656,6 +709,14 @@ class Tracker:
     async def acknowledged(self) -> None:
         """Wait until every request that was sent has been acknowledged or has failed."""
         await self._all_acknowledged.wait()
+
+
+def _tell(delivered: Finished, request: Request) -> None:
+    """The response has nowhere else to go."""
+    try:
+        delivered(None)
+    except Exception:
+        log.exception("what waited for the delivery of %s failed", printable(request.id))
 
 
 def _for_the_next(request: Request, hook: str, stream: str | None) -> Request:

@@ -96,6 +96,21 @@ def check(url: str, what: str) -> None:
         raise BadRequest(f"{what} holds credentials, which do not travel in a Go URL object")
 
 
+def redacted(url: str) -> str:
+    """The URL as it may be told to others than its owner, without what often is a secret: user and password,
+    and the values of its query.
+    """
+    if unix_path(url) is not None:
+        return url
+    url, question, query = url.partition("?")
+    scheme, slashes, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    shown = scheme + slashes + authority.rpartition("@")[2] + slash + path.partition("#")[0]
+    if not question:
+        return shown
+    return f"{shown}?{'&'.join(part.partition('=')[0] + '=...' for part in query.split('&') if part)}"
+
+
 def replace_localhost(url: str, address: str) -> str:
     """The URL that somebody at the IP `address` means: in his mouth "localhost", 127.x.x.x, ::1 or no host
     at all is his own host. The port stays. Any other URL, and a unix one, is returned as it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, read_all
 from acomm import Response, channel, delivery
 from acomm.channel import Channels
 from acomm.delivery import Delivery
-from acomm.errors import TaskError
+from acomm.errors import AcommError, ConnectionLost, TaskError
 
 BOTH_LOOPS = True
 
@@ -168,7 +168,7 @@ async def test_a_stop_ends_the_trying(
     for number in range(3):
         deliveries.post(f"unix://{tmp_path}/hook.sock", Response(f"{number}"), 3)
     async with asyncio.timeout(WAIT):
-        while len(deliveries._retries) < 3:
+        while not deliveries.troubled() or deliveries.troubled()[0]["waiting"] < 3:
             await asyncio.sleep(0)
     deliveries.stop()
     assert "3 responses were not delivered" in caplog.text
@@ -177,7 +177,7 @@ async def test_a_stop_ends_the_trying(
     # One that fails only now is not tried again, either.
     deliveries.post(f"unix://{tmp_path}/hook.sock", Response("late"), 3)
     await drained(deliveries)
-    assert (deliveries.abandoned, len(deliveries._retries)) == (4, 0)
+    assert (deliveries.abandoned, deliveries.troubled()) == (4, [])
 
 
 async def test_closing_the_channels_ends_what_is_under_way(
@@ -278,3 +278,74 @@ async def test_a_hook_that_is_down_has_not_failed_to_read(
     with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
         await drained(deliveries)
         assert [message["result"] for message in hook.messages] == [LARGE]
+
+
+# -- who is told how it ended -------------------------------------------------------------------------
+
+
+async def test_whoever_posted_is_told_once_how_it_ended(tmp_path: Path, channels: Channels) -> None:
+    told: list[tuple[str, AcommError | None]] = []
+    deliveries = Delivery(channels, give_up_after=0.05)
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        deliveries.post(hook.url, Response("a"), 3, finished=lambda error: told.append(("a", error)))
+        url = f"unix://{tmp_path}/nobody.sock"
+        deliveries.post(url, Response("b"), 3, finished=lambda error: told.append(("b", error)))
+        await drained(deliveries)
+    outcome = dict(told)
+    assert len(told) == 2
+    assert outcome["a"] is None
+    assert isinstance(outcome["b"], ConnectionLost)
+
+
+async def test_what_a_stop_leaves_stays_owed(tmp_path: Path, channels: Channels) -> None:
+    told: list[AcommError | None] = []
+    deliveries = Delivery(channels)
+    for number in range(3):
+        url = f"unix://{tmp_path}/nobody.sock"
+        deliveries.post(url, Response(f"{number}"), 3, finished=told.append)
+    async with asyncio.timeout(WAIT):
+        while not deliveries.troubled():
+            await asyncio.sleep(0)
+    deliveries.stop()
+    await channels.close()
+    await drained(deliveries)
+    assert told == []
+
+
+async def test_what_is_stored_is_loaded_when_its_hook_comes_up(tmp_path: Path, channels: Channels) -> None:
+    deliveries = Delivery(channels, max_pending_bytes=30_000)
+    loads: list[str] = []
+
+    def post(id: str) -> None:
+        response = Response(id, "x" * 5000)
+
+        def reload(loaded: Callable[[bytes | None], None]) -> None:
+            loads.append(id)
+            asyncio.get_running_loop().call_soon(loaded, response.encode(3))
+
+        deliveries.post(f"unix://{tmp_path}/hook.sock", response, 3, reload=reload)
+
+    for number in range(20):
+        post(f"{number}")
+    async with asyncio.timeout(WAIT):
+        while not deliveries.troubled() or deliveries.troubled()[0]["failures"] < 2:
+            await asyncio.sleep(0.001)
+    assert deliveries.pending_bytes <= 30_000
+    with GoPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        await drained(deliveries)
+        assert {message["id"] for message in hook.messages} == {f"{number}" for number in range(20)}
+        assert {message["result"] for message in hook.messages} == {"x" * 5000}
+    assert len(loads) >= 10
+    assert deliveries.pending_bytes == 0
+
+
+async def test_a_troubled_hook_is_told_of_without_its_secrets(channels: Channels) -> None:
+    deliveries = Delivery(channels)
+    deliveries.post("http://127.0.0.1:9/hook?key=secret&x", Response("i"), 3)
+    async with asyncio.timeout(WAIT):
+        while not deliveries.troubled():
+            await asyncio.sleep(0.001)
+    (hook,) = deliveries.troubled()
+    assert hook["url"] == "http://127.0.0.1:9/hook?key=...&x=..."
+    assert hook["failures"] >= 1
+    deliveries.stop()

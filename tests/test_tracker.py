@@ -548,6 +548,25 @@ async def test_a_result_that_cannot_be_sent_is_an_error_for_the_hook(
         assert tracking.num_requests == 0
 
 
+async def test_who_tracks_is_told_when_the_response_is_no_longer_owed(
+    tmp_path: Path, tracking: Tracker
+) -> None:
+    told: list[str] = []
+    with GrantingPeer(tmp_path / "hook.sock", lambda received: ack()) as hook:
+        hooked = Request("t", id="i", response_hook=hook.url)
+        tracking.track(hooked, proxied=True, delivered=lambda error: told.append(f"hook {error}"))
+        tracking.settle(Response("i", 1))
+        assert told == []
+        async with asyncio.timeout(WAIT):
+            await tracking.delivery.drained()
+    assert told == ["hook None"]
+    handled = Request("t", id="j", on_success=lambda request, response: told.append("handler"))
+    tracking.track(handled, proxied=True, delivered=lambda error: told.append(f"handled {error}"))
+    async with asyncio.timeout(WAIT):
+        await tracking.handle_response(Response("j", 1))
+    assert told == ["hook None", "handler", "handled None"]
+
+
 # -- life -------------------------------------------------------------------------------------------
 
 

@@ -215,3 +215,17 @@ def test_a_hook_without_a_host_is_one_only_where_the_senders_address_is_known() 
     assert urls.decode(raw, "the hook", "fe80::1") == "http://[fe80::1]:4080/response"
     with pytest.raises(BadRequest, match="the hook has no host"):
         urls.decode(raw, "the hook")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("unix:///a?b@c", "unix:///a?b@c"),
+        ("http://host/a/b", "http://host/a/b"),
+        ("http://user:pass@host:1/a@b#c", "http://host:1/a@b"),
+        ("https://host/?key=secret&flag", "https://host/?key=...&flag=..."),
+        ("https://host?key=a?b#c", "https://host?key=..."),
+    ],
+)
+def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
+    assert urls.redacted(url) == shown

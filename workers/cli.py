@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from functools import wraps
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from acomm.calls import Call
 from acomm.client import Client, connect
 from acomm.errors import AcommError, AddressInUse, BadRequest, ConfigError, HandlerError
 from acomm.itemstream import Stream
-from workers import calling
+from workers import calling, replaying
 from workers.config import Config
 from workers.errors import printable
 
@@ -151,6 +152,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     type=float,
     metavar="PART",
     help="Of all these, the most for one user where several may connect.  [default: 0.5]",
+)
+@click.option(
+    "--journal", metavar="PATH", help="Keep accepted requests in this file until they are answered."
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["power", "process"]),
+    help="What an acknowledgement outlives: the loss of power, or of the process alone.  [default: power]",
 )
 @click.option(
     "--drain-timeout", type=float, metavar="SECONDS", help="Time to finish at SIGTERM.  [default: 10]"
@@ -353,9 +362,14 @@ def stats(url: str | None, token_file: str | None, as_json: bool) -> None:
         _echo_json(found)
         return
     workers = found.pop("workers")
+    # A supervisor of another version may not tell of them.
+    troubled = found.get("hooks", {}).pop("troubled", [])
     _echo_table(("figure", "value"), [(name, _plain(value)) for name, value in found.items()])
     rows = [[_plain(value) for value in worker.values()] for worker in workers]
     _echo_table(tuple(workers[0]) if workers else ("workers",), rows)
+    if troubled:
+        rows = [[_plain(value) for value in hook.values()] for hook in troubled]
+        _echo_table(("hook in trouble", *list(troubled[0])[1:]), rows)
 
 
 def _plain(value: Any) -> str:
@@ -375,6 +389,82 @@ def cancel(id: str, url: str | None, token_file: str | None) -> None:
     with _connect(url, token_file) as client:
         if not client.cancel(id):
             raise AcommError(f"no request {printable(id)} is under way")
+
+
+@cli.command()
+@click.argument("id", required=False)
+@click.option("--task", metavar="NAME", help="Those of that task alone.")
+@click.option("--limit", type=int, default=100, show_default=True, metavar="N", help="The latest N.")
+@_reaching
+@json_option
+@_reporting
+def failed(
+    id: str | None, task: str | None, limit: int, url: str | None, token_file: str | None, as_json: bool
+) -> None:
+    """List requests that have failed, or whose answer nobody took; with ID all that is known of one.
+
+    The supervisor keeps them in its --journal.
+    """
+    with _connect(url, token_file) as client:
+        found = client.call("acomm.failed", **({"task": task, "limit": limit} if id is None else {"id": id}))
+    if as_json:
+        _echo_json(found)
+    elif id is None:
+        rows = [
+            (row["id"], row["task"], row["code"], _when(row["ended"]), row["error"] or "") for row in found
+        ]
+        _echo_table(("id", "task", "error", "at", "text"), rows)
+    else:
+        for line in replaying.told(found):
+            click.echo(line)
+
+
+def _when(seconds: float | None) -> str:
+    return "-" if seconds is None else datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
+
+
+@cli.command()
+@click.argument("id")
+@click.argument("modules", nargs=-1, metavar="[MODULE...]")
+@click.option("--inline", is_flag=True, help="Run it here, without a worker; MODULE has its task.")
+@click.option("--pdb", is_flag=True, help="With --inline: open the debugger where it raises.")
+@_reaching
+@_reporting
+def replay(
+    id: str, modules: tuple[str, ...], inline: bool, pdb: bool, url: str | None, token_file: str | None
+) -> None:
+    """Run the failed request ID again, or deliver its answer again if that nobody took.
+
+    The answer goes where the request said. With --inline it runs in this process instead, to look for the
+    fault; its result is printed and nobody else is told.
+    """
+    if inline != bool(modules) or (pdb and not inline):
+        raise click.UsageError("--inline and the MODULE of the task go together, and --pdb with them")
+    with _connect(url, token_file) as client:
+        if not inline:
+            client.call("acomm.replay", id=id)
+            click.echo(f"{printable(id)} is under way again")
+            return
+        found = client.call("acomm.failed", id=id)
+    _echo_json(replaying.run(found, modules, debug=pdb))
+
+
+@cli.command()
+@click.argument("ids", nargs=-1, metavar="[ID...]")
+@click.option("--task", metavar="NAME", help="All of that task.")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@_reaching
+@_reporting
+def purge(
+    ids: tuple[str, ...], task: str | None, everything: bool, url: str | None, token_file: str | None
+) -> None:
+    """Forget failed requests. Their ids stay known as long as those of others."""
+    if (len(ids) > 0) + (task is not None) + everything != 1:
+        raise click.UsageError("name IDs, a --task, or --all: one of them")
+    which = {"ids": list(ids)} if ids else {"task": task} if task is not None else {"all": True}
+    with _connect(url, token_file) as client:
+        count = client.call("acomm.purge", **which)
+    click.echo(f"{_count(count, 'request')} forgotten")
 
 
 @cli.command()

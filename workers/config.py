@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -54,6 +54,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `max_connections` connections to the unix sockets are open. `max_unread_bytes` are the bytes of large
     messages that have not come whole (None: four of the largest). Where others than our own user may send
     requests, none of them has more than `max_share` of any of these.
+    `journal` is the path of a file where requests are stored before they are acknowledged (None: nowhere),
+    with `durability` against the loss of "power" or that of the "process" alone.
 
     `http` is where the HTTP door listens, HOST:PORT (None: there is none); `http_url` how others reach it;
     `http_token_file` is a path (None: the socket's, with `.token`), and `http_no_token` lets in everybody who
@@ -76,6 +78,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_connections: Count = 10_000
     max_unread_bytes: Bytes | None = None
     max_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    journal: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    durability: Literal["power", "process"] = "power"
     drain_timeout: Seconds = 10.0
     term_grace: Seconds = Graces().term
     capture: bool = True

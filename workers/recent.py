@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from hashlib import blake2b
 from typing import NamedTuple
 
 import msgspec
@@ -15,17 +16,21 @@ KEEP_BYTES = 64 * 1024 * 1024
 """Bytes of answers kept for repeats, in all."""
 
 
-def digest(request: Request) -> int:
-    """A number that two requests share when their task, argument bytes and hook are the same."""
-    args = request.args
-    raw = bytes(args) if isinstance(args, msgspec.Raw) else args
-    return hash((request.task, raw, request.response_hook))
+def digest(request: Request) -> bytes:
+    """16 bytes that requests share whose task, argument bytes and hook are the same, in all processes."""
+    hook = request.response_hook or ""
+    head = f"{len(request.task)} {len(hook)} {request.task}{hook}".encode("utf-8", "surrogatepass")
+    found = blake2b(head, digest_size=16)
+    if request.args is not None:
+        found.update(b"\0")
+        found.update(request.args)
+    return found.digest()
 
 
 class Done(NamedTuple):
     """An id whose request has been answered."""
 
-    digest: int
+    digest: bytes
     when: float
     response: Response
     size: int
@@ -40,18 +45,18 @@ class Recent:
         self._seconds = seconds
         self._ids = ids
         self._max_bytes = max_bytes
-        self._in_flight: dict[str, int] = {}
+        self._in_flight: dict[str, bytes] = {}
         self._done: OrderedDict[str, Done] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._in_flight) + len(self._done)
 
-    def begin(self, id: str, digest: int) -> None:
+    def begin(self, id: str, digest: bytes) -> None:
         """An id that is not known has been accepted."""
         self._in_flight[id] = digest
 
-    def known(self, id: str, now: float) -> int | None:
+    def known(self, id: str, now: float) -> bytes | None:
         """The digest of a known id."""
         self._forget(now)
         digest = self._in_flight.get(id)

@@ -13,13 +13,18 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from workers.errors import ConfigError
+from workers.errors import AcommError, ConfigError
 
 log = logging.getLogger("acomm.supervisor")
 
 
 class Service(Protocol):
-    """What is run: started, drained, stopped. `unfinished` counts what a stop waits for."""
+    """What is run: started, drained, stopped. `unfinished` counts what a stop waits for; `failed` is set when
+    it cannot go on, for the reason that `failure` tells.
+    """
+
+    failed: asyncio.Event
+    failure: str | None
 
     @property
     def unfinished(self) -> int: ...
@@ -30,7 +35,8 @@ class Service(Protocol):
 
 def run(service: Service, ready: Callable[[], None], *, until_eof: bool = False) -> None:
     """Run `service` until SIGTERM or SIGINT, then drain it; a second signal ends at once. `ready()` is called
-    when it has started. `until_eof` stops likewise when standard input ends. Raises ConfigError.
+    when it has started. `until_eof` stops likewise when standard input ends. Raises ConfigError, and
+    AcommError when it cannot go on.
     """
     _raise_descriptor_limit()
     try:
@@ -54,7 +60,8 @@ async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> 
         gc.freeze()
         ready()
         notify("READY=1")
-        await stop.wait()
+        if await _first(loop.create_task(_failure(service)), stop.wait()):
+            raise AcommError(service.failure or "failed")
     except BaseException:
         await service.stop(0)
         raise
@@ -86,6 +93,10 @@ def _listen_for_the_end(stop: asyncio.Event, now: asyncio.Event, until_eof: bool
             loop.add_reader(0, on_input)
         except OSError:  # a file, or /dev/null
             raise ConfigError("--until-eof needs a pipe or a terminal as standard input") from None
+
+
+async def _failure(service: Service) -> None:
+    await service.failed.wait()
 
 
 async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any]) -> bool:

@@ -15,14 +15,17 @@ import asyncio
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 import math
 import os
 import resource
+import sqlite3
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -52,10 +55,13 @@ from workers.errors import (
 )
 from workers.forecast import Forecast
 from workers.handlerthreads import HandlerThreads
+from workers.journal import Journal
+from workers.journalfile import JournalFile, Row
 from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
+from workers.stored import Left, Recovery, StoredRequests
 from workers.unixdoor import Decided, UnixDoor
 from workers.verbs import Verbs
 
@@ -71,6 +77,12 @@ LAST_POSTS = 1.0
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
 
+_SWITCH = 0.0005
+"""Seconds after which a thread gives the interpreter to another that waits for it."""
+
+_GIVE_UP_AFTER = 24 * 3600.0
+"""Seconds after which a stored answer that its hook does not take is a dead letter."""
+
 _ADMITTED_FOR = 1.0
 _MAX_ADMITTED = 4096
 """Seconds, and URLs, for which a URL that the policy has let pass is not looked at again."""
@@ -80,6 +92,21 @@ _INTERNAL = "the supervisor failed at this request; its log tells why"
 _quote = msgspec.json.encode
 
 Resolve = Callable[[Response], None]
+
+
+class Examined(NamedTuple):
+    """A request that may be done, and its digest: by a `task` of ours, whose call has this `key`, or by the
+    service at its task URL. `size` is that of its arguments, which count for `account`.
+    """
+
+    request: Request
+    content: bytes
+    origin: Origin
+    account: Account
+    size: int
+    resolve: Resolve | None = None
+    task: Task[..., Any] | None = None
+    key: bytes | None = None
 
 
 class Supervisor:
@@ -120,6 +147,11 @@ class Supervisor:
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
         self.admission = Admission(self.config.max_queued, self.config.max_queued_bytes, self.config.share)
         self._forecast = Forecast()
+        self.stored: StoredRequests | None = None
+        self._recovery: Recovery | None = None
+        self._recovering: asyncio.Task[None] | None = None
+        self.failed = asyncio.Event()
+        self.failure: str | None = None
         self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
@@ -130,6 +162,7 @@ class Supervisor:
         self._streams: dict[str, Call] = {}  # answered, and still under way
         self._stream_ends: Counter[str] = Counter()
         self._verbs = Verbs(self)
+        self._errands: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -164,7 +197,13 @@ class Supervisor:
         """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
-        self.pool.start()
+        if self.config.journal is not None:
+            self._open_journal(self.config.journal)
+        try:
+            self.pool.start()
+        except BaseException:
+            await self._close_journal()
+            raise
         try:
             await self._workers_ready()
             await self.tracker.start()
@@ -176,8 +215,39 @@ class Supervisor:
             if self.door is not None:
                 await self.door.close(0)
             await self.tracker.stop(0)
-            self._close()
+            await self._close_journal()
+            self._release()
             raise
+        if self.stored is not None:
+            self._recovery = Recovery(
+                self.stored, self.take_up, lambda: self.tracker.delivery.pending, self.pool.size
+            )
+            self._recovering = self._loop.create_task(self._recover(self._recovery))
+
+    def _open_journal(self, path: str) -> None:
+        file = JournalFile(path, full=self.config.durability == "power")
+        journal = Journal(file, self._journal_failed)
+        self.stored = StoredRequests(journal)
+        self.tracker.delivery.give_up_after = _GIVE_UP_AFTER
+        journal.start()
+        # Its thread is away from the interpreter for a commit, and else would have to ask for it back for
+        # as long as this says.
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
+
+    async def _close_journal(self) -> None:
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.wait({self._recovering})
+        if self.stored is not None:
+            await self.stored.journal.close()
+
+    async def _recover(self, recovery: Recovery) -> None:
+        try:
+            await recovery.run()
+        except sqlite3.Error as error:
+            self._journal_failed(str(error))
+        except Exception:
+            log.exception("what earlier supervisors have left could not be taken up")
 
     async def _workers_ready(self) -> None:
         ready = asyncio.Event()
@@ -214,6 +284,7 @@ class Supervisor:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), drain_timeout)
+        await self._leave_stored()
         for id in list(self._calls):
             self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
         for id in list(self._forwarded):
@@ -232,7 +303,29 @@ class Supervisor:
         try:
             await self._stop_workers()
         finally:
-            self._close()
+            try:
+                await self._close_journal()
+            finally:
+                self._release()
+
+    async def _leave_stored(self) -> None:
+        """Leave what is stored to the next supervisor; it was no death, and does not count as one."""
+        if self.stored is None:
+            return
+        if self._recovering is not None:
+            self._recovering.cancel()
+            await asyncio.wait({self._recovering})
+        for table in (self._calls, self._forwarded):
+            for id in [id for id in table if id in self.stored]:
+                self.tracker.remove_request(id)
+                self.stored.leave(id)
+                self._calls.pop(id, None)
+                self._forwarded.discard(id)
+        if self._recovery is not None and (rows := self._recovery.left()):
+            journal = self.stored.journal
+            if journal.broken is None:
+                with contextlib.suppress(sqlite3.Error):
+                    await journal.ask(journal.file.put_back, rows)
 
     def begin_draining(self) -> None:
         self.draining = True
@@ -254,7 +347,7 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(gone.wait(), LAST_POSTS)
 
-    def _close(self) -> None:
+    def _release(self) -> None:
         self._released = True
         for timer in (self._timer, self._pause):
             if timer is not None:
@@ -286,8 +379,16 @@ class Supervisor:
         """Take a request of `origin`: `decided` is told when it was accepted, or why it was refused. What was
         accepted will be answered, at its hook and by `resolve(response)`.
         """
+        accepted = None
         try:
-            accepted = self._accept(request, origin, resolve)
+            examined = self._examine(request, origin, resolve)
+            if examined is not None:
+                self.admission.take(examined.account, examined.size)
+                # Who waits for the answer itself has been promised nothing until it comes.
+                if self.stored is not None and resolve is None:
+                    self._store(self.stored, examined, decided)
+                    return
+                accepted = self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -307,9 +408,9 @@ class Supervisor:
             return "draining"
         return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
-    def _accept(self, request: Request, origin: Origin, resolve: Resolve | None) -> Accepted | None:
-        """Take a request; where it stands, if its sender is to know. Raises the AcommError of its refusal, in
-        which case nothing was done.
+    def _examine(self, request: Request, origin: Origin, resolve: Resolve | None) -> Examined | None:
+        """What is to be begun for a request; None if that is answered already. Raises the AcommError of its
+        refusal, in which case nothing was done.
         """
         self._check_urls(request, origin)
         if request.task.startswith(RESERVED):
@@ -327,17 +428,12 @@ class Supervisor:
             raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
         # Before the arguments are looked into: to say no should cost little.
         account = self.admission.account(origin)
-        size = 0 if request.args is None else len(memoryview(request.args))
+        size = _size(request)
         self.admission.check(account, size, now, functools.partial(self._gap, now))
         if request.task_url is not None and request.task_url != self.url:
-            self._forward(request, content, origin, resolve, account)
-            return None
-        task = self._task(request.task)
-        self._check_handlers(request, origin)
-        # A stream that a request brings is an argument, too, and nobody else's.
-        key = None if task.key is None or request.stream_url else task.call_key(request.args)
-        if key is None:
-            task.check_args(request.args)
+            self._check_forward(request, resolve)
+            return Examined(request, content, origin, account, size, resolve)
+        task, key = self._check_call(request, origin)
         if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
             raise BadRequest(
                 f"task {task.name} streams, and nobody could learn where: "
@@ -345,14 +441,42 @@ class Supervisor:
             )
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        call = _call(request, task, origin, key)
-        call.account = account
-        dispatcher = self.pool.dispatcher
-        ahead = dispatcher.ahead(call.priority) if request.extended else 0
-        self.pool.submit(call)
-        self.tracker.track(request, proxied=True, resolve=resolve, unpickle=True, origin=origin)
-        self.admission.take(account, size)
+        return Examined(request, content, origin, account, size, resolve, task, key)
+
+    def _check_call(self, request: Request, origin: Origin) -> tuple[Task[..., Any], bytes | None]:
+        """The task of a request, and its call's key. Raises UnknownTask, BadArgs, and for handlers what does
+        not let them run here.
+        """
+        task = self._task(request.task)
+        self._check_handlers(request, origin)
+        # A stream that a request brings is an argument, too, and nobody else's.
+        key = None if task.key is None or request.stream_url else task.call_key(request.args)
+        if key is None:
+            task.check_args(request.args)
+        return task, key
+
+    def _begin(self, examined: Examined) -> Accepted | None:
+        """Have a request done that has been counted. Returns where it stands, if its sender is to know.
+        Raises AcommError when it cannot be begun; then it does not count any more.
+        """
+        request, content, origin, account, size, resolve, task, key = examined
+        call, ahead = None, 0
+        try:
+            if task is None:
+                self._forward(examined)
+            else:
+                call = _call(request, task, origin, key)
+                call.account = account
+                if request.extended:
+                    ahead = self.pool.dispatcher.ahead(call.priority)
+                self.pool.submit(call)
+                self._track(request, origin, resolve)
+        except BaseException:
+            self.admission.release(account, size)
+            raise
         self._recent.begin(request.id, content)
+        if call is None:
+            return None
         self._calls[request.id] = call
         self._counts["accepted"] += 1
         if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
@@ -360,16 +484,16 @@ class Supervisor:
         if not self._drive_due:
             self._drive_due = True
             self._loop.call_soon(self._drive)
-        return self._standing(call, ahead, now) if request.extended else None
+        return self._standing(call, ahead) if request.extended else None
 
-    def _standing(self, call: Call, ahead: int, now: float) -> Accepted:
+    def _standing(self, call: Call, ahead: int) -> Accepted:
         """Where a call that has just been accepted stands, `ahead` others being before it."""
         dispatcher = self.pool.dispatcher
         if call.run is not None and dispatcher.holder(call.number) is not None:
             return Accepted(0, 0.0)  # it shares a run that a worker has
         if not ahead and dispatcher.assigned < self.pool.ready:
             return Accepted(0, 0.0)
-        gap = self._gap(now, call.task)
+        gap = self._gap(time.monotonic(), call.task)
         return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
 
     def _gap(self, now: float, task: str | None = None) -> float | None:
@@ -387,6 +511,94 @@ class Supervisor:
                 return seconds / dispatcher.queued / workers
         seconds_each = None if task is None else dispatcher.predicted(task)
         return None if seconds_each is None else seconds_each / workers
+
+    def _track(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
+        self.tracker.track(
+            request,
+            proxied=True,
+            resolve=resolve,
+            unpickle=True,
+            origin=origin,
+            delivered=self._on_delivered(request.id),
+        )
+
+    # -- what is stored -----------------------------------------------------------------------------
+
+    def _store(self, stored: StoredRequests, examined: Examined, decided: Decided) -> None:
+        """Have a request stored that has been counted, and begun when it is."""
+
+        def done(outcome: Row | AcommError | None) -> None:
+            if outcome is None:
+                accepted = None
+                try:
+                    accepted = self._begin_stored(examined)
+                finally:
+                    decided(None, accepted)
+                return
+            self.admission.release(examined.account, examined.size)
+            refusal: AcommError | None = None
+            if isinstance(outcome, AcommError):
+                refusal = outcome
+            elif outcome.digest != examined.content:
+                refusal = Conflict(f"the id {printable(outcome.id)} was used for another request")
+            else:
+                self._counts["repeated"] += 1
+            if refusal is not None:
+                self.refused(refusal)
+            self._look_idle()
+            decided(refusal)
+
+        stored.store(examined.request, examined.content, examined.origin, done)
+
+    def _begin_stored(self, examined: Examined) -> Accepted | None:
+        """Begin what is stored, and tell where it stands: what goes wrong now is its answer."""
+        request = examined.request
+        try:
+            return self._begin(examined)
+        except Exception as error:
+            if not isinstance(error, AcommError):
+                log.exception("a request could not be begun")
+                error = AcommError(_INTERNAL)
+            self._answer_unbegun(request, examined.origin, Response.to(request, error=error))
+            return None
+
+    def _answer_unbegun(self, request: Request, origin: Origin, response: Response) -> None:
+        self._track(request, origin)
+        self._answer(response)
+
+    def take_up(self, left: Left) -> None:
+        """Begin, or answer, what an earlier supervisor has left."""
+        request, origin, response = left
+        if response is not None:
+            self._track(request, origin)
+            if response.error is not None and response.error.code == "poisoned":
+                self._answer(response)
+            else:
+                self._told(response)
+            return
+        task, key = None, None
+        if request.task_url is None or request.task_url == self.url:
+            try:
+                task, key = self._check_call(request, origin)
+            except AcommError as error:
+                self._answer_unbegun(request, origin, Response.to(request, error=error))
+                return
+        # It was accepted when there was room for it, and counts now however little there is.
+        account, size = self.admission.account(origin), _size(request)
+        self.admission.take(account, size)
+        self._begin_stored(Examined(request, digest(request), origin, account, size, None, task, key))
+
+    def _on_delivered(self, id: str) -> Callable[[AcommError | None], None] | None:
+        return None if self.stored is None else functools.partial(self.stored.delivered, id)
+
+    def _journal_failed(self, text: str) -> None:
+        """Nothing can be promised any more, and what was promised is for the next supervisor."""
+        log.critical("the journal %s cannot be trusted any more: %s", self.config.journal, text)
+        self.failure = (
+            f"the journal {self.config.journal} has failed: {text}; what it holds is taken up again"
+        )
+        self.draining = True
+        self.failed.set()
 
     def _check_urls(self, request: Request, origin: Origin) -> None:
         """Refuse what the policy does not let `origin` name. It is asked again when we connect; here it is
@@ -406,10 +618,8 @@ class Supervisor:
                     self._admitted.clear()
                 self._admitted[url, origin] = now + _ADMITTED_FOR
 
-    def _forward(
-        self, request: Request, content: int, origin: Origin, resolve: Resolve | None, account: Account
-    ) -> None:
-        """Have the service at the request's task URL do it; the answer comes through us."""
+    def _check_forward(self, request: Request, resolve: Resolve | None) -> None:
+        """Raises BadRequest for what cannot be passed on to another service."""
         if request.handlers is not None:
             raise BadRequest("a request for another service cannot bring handlers")
         if request.response_hook is None and resolve is None:
@@ -419,6 +629,10 @@ class Supervisor:
                 "a task URL over HTTP needs a supervisor with --http, where the answer can come in"
             )
 
+    def _forward(self, examined: Examined) -> None:
+        """Have the service at the request's task URL do it; the answer comes through us."""
+        request, account, size, resolve = examined.request, examined.account, examined.size, examined.resolve
+
         def answered(response: Response) -> None:
             self._forwarded.discard(request.id)
             self.admission.release(account, size)
@@ -426,12 +640,15 @@ class Supervisor:
             if resolve is not None:
                 resolve(response)
 
-        size = 0 if request.args is None else len(memoryview(request.args))
         timeout = self.config.forward_timeout if request.timeout is None else request.timeout
-        self.tracker.forward(request, timeout, origin=origin, resolve=answered)
+        self.tracker.forward(
+            request,
+            timeout,
+            origin=examined.origin,
+            resolve=answered,
+            delivered=self._on_delivered(request.id),
+        )
         self._forwarded.add(request.id)
-        self.admission.take(account, size)
-        self._recent.begin(request.id, content)
         self._counts["forwarded"] += 1
 
     def _task(self, name: str) -> Task[..., Any]:
@@ -511,23 +728,32 @@ class Supervisor:
 
     def _end(self, id: str, response: Response) -> None:
         call = self._calls.pop(id, None)
-        if call is None:
-            return
-        if id not in self._streams:  # else it has only begun
-            self._release(call)
+        if call is not None:
+            if id not in self._streams:  # else it has only begun
+                self._count_out(call)
+            self._answer(response)
+
+    def _count_out(self, call: Call) -> None:
+        """A call has ended, and there is room for another."""
+        self.admission.release(call.account, 0 if call.args is None else len(call.args))
+        self._forecast.ended(time.monotonic(), self.pool.dispatcher.queued > 0)
+
+    def _answer(self, response: Response) -> None:
+        """Tell the answer to a request; when it is stored, if that is."""
+        if self.stored is None or not self.stored.answer(response, functools.partial(self._told, response)):
+            self._told(response)
+
+    def _told(self, response: Response) -> None:
         try:
             self._finished(response)
             self.tracker.settle(response)
         except Exception:
-            log.exception("the answer to the request %s could not be passed on", printable(id))
-
-    def _release(self, call: Call) -> None:
-        """A call has ended, and what it took is free."""
-        self.admission.release(call.account, 0 if call.args is None else len(call.args))
-        self._forecast.ended(time.monotonic(), self.pool.dispatcher.queued > 0)
+            log.exception("the answer to the request %s could not be passed on", printable(response.id))
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
+        if self._recovery is not None:
+            self._recovery.ended(response.id)
         self._look_idle()
         self._counts["ok" if response.error is None else response.error.code] += 1
         self._recent.finish(response, time.monotonic())
@@ -535,7 +761,8 @@ class Supervisor:
     @property
     def unfinished(self) -> int:
         """What was accepted and has not ended: calls here, those passed on, and streams."""
-        return len(self._calls) + len(self._forwarded) + len(self._streams)
+        journal = 0 if self.stored is None else self.stored.storing + self.stored.answering
+        return len(self._calls) + len(self._forwarded) + len(self._streams) + journal
 
     def _look_idle(self) -> None:
         if not self.unfinished and self._idle is not None:
@@ -559,7 +786,7 @@ class Supervisor:
         call = self._streams.pop(id, None)
         if call is None:
             return
-        self._release(call)
+        self._count_out(call)
         self._look_idle()
         self._stream_ends["ok" if error is None else error.code] += 1
         if error is not None:
@@ -571,8 +798,28 @@ class Supervisor:
     # -- control verbs ------------------------------------------------------------------------------
 
     def _answer_verb(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        result = msgspec.Raw(_quote(self._verbs.answer(request)))
-        response = Response(request.id, result, extended=request.extended)
+        answer = self._verbs.answer(request, origin)
+        if inspect.isawaitable(answer):
+            errand = self._loop.create_task(self._answer_later(request, origin, resolve, answer))
+            self._errands.add(errand)
+            errand.add_done_callback(self._errands.discard)
+        else:
+            result = msgspec.Raw(_quote(answer))
+            self._say(request, origin, resolve, Response(request.id, result, extended=request.extended))
+
+    async def _answer_later(
+        self, request: Request, origin: Origin, resolve: Resolve | None, answer: Awaitable[Any]
+    ) -> None:
+        try:
+            response = Response.to(request, msgspec.Raw(_quote(await answer)))
+        except AcommError as error:
+            response = Response.to(request, error=error)
+        except Exception:
+            log.exception("the request %s could not be answered", printable(request.task))
+            response = Response.to(request, error=AcommError(_INTERNAL))
+        self._say(request, origin, resolve, response)
+
+    def _say(self, request: Request, origin: Origin, resolve: Resolve | None, response: Response) -> None:
         if resolve is not None:
             resolve(response)
         if request.response_hook is not None:
@@ -617,7 +864,10 @@ class Supervisor:
                 "delivered": delivery.delivered,
                 "pending": delivery.pending,
                 "abandoned": delivery.abandoned,
+                "pending_bytes": delivery.pending_bytes,
+                "troubled": delivery.troubled(),
             },
+            "journal": None if self.stored is None else self.stored.stats(),
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
             "pool": {"workers": self.pool.wanted, "min": self.pool.least, "max": self.pool.size},
@@ -637,6 +887,11 @@ def _place(config: Config) -> StreamPlace:
     folder = os.path.dirname(os.path.abspath(config.socket))
     group = config.allow_gid[0] if config.socket_mode == 0o660 else None
     return StreamPlace(folder, config.socket_mode, group, config.stream_expiry)
+
+
+def _size(request: Request) -> int:
+    """Bytes of a request's arguments."""
+    return 0 if request.args is None else len(memoryview(request.args))
 
 
 def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:

@@ -122,9 +122,7 @@ class UnixDoor:
                 ) from None
 
     def begin_draining(self) -> None:
-        """Have coordinators go to others. Our own socket goes on taking connections, to refuse their
-        requests.
-        """
+        """Have coordinators go to others. Our own socket takes connections yet, to refuse their requests."""
         if self.provider is not None:
             self.provider.hide()
 

@@ -7,15 +7,18 @@ from typing import Any, NamedTuple, Protocol
 
 from acomm.jsontext import parse
 from acomm.messages import Request
+from acomm.origin import Origin
+from workers import failed
 from workers.calls import Call
 from workers.errors import BadArgs, UnknownTask, printable
+from workers.failed import FailedRequests
 from workers.registry import Registry
 
 MAX_ASKED = 10_000
 """Calls whose progress is told at once: some ten milliseconds' work."""
 
 
-class Service(Protocol):
+class Service(failed.Service, Protocol):
     """What the verbs are about."""
 
     registry: Registry
@@ -37,6 +40,7 @@ class Verbs:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._failed = FailedRequests(service)
         self._verbs: dict[str, Callable[[Request], Any]] = {
             "acomm.tasks": self._tasks,
             "acomm.stats": self._stats,
@@ -44,11 +48,15 @@ class Verbs:
             "acomm.progress": self._progress,
         }
 
-    def answer(self, request: Request) -> Any:
-        """The result of a verb, which JSON can express. Raises UnknownTask, BadArgs."""
+    def answer(self, request: Request, origin: Origin) -> Any:
+        """The result of a verb, as JSON can tell it, or an awaitable of it. Raises UnknownTask, BadArgs."""
+        later = self._failed.verbs.get(request.task)
+        if later is not None:
+            return later(request, origin)
         verb = self._verbs.get(request.task)
         if verb is None:
-            raise UnknownTask(f"no task {printable(request.task)}; known: {', '.join(sorted(self._verbs))}")
+            known = ", ".join(sorted([*self._verbs, *self._failed.verbs]))
+            raise UnknownTask(f"no task {printable(request.task)}; known: {known}")
         return verb(request)
 
     def _tasks(self, request: Request) -> list[dict[str, Any]]:

@@ -1,0 +1,323 @@
+"""A supervisor with a journal: what it has acknowledged is answered, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peers import ack
+from serving import Fifo, Hook, Served, environment, request
+
+from acomm import connect
+
+pytestmark = pytest.mark.process
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start a supervisor with a journal; call it again for its successor."""
+    tmp_path.chmod(0o700)
+    running: list[Served] = []
+
+    def start(*arguments: str) -> Served:
+        running.append(
+            Served(tmp_path, "--journal", str(tmp_path / "j.db"), *arguments, modules=("durabletasks",))
+        )
+        return running[-1]
+
+    yield start
+    for served in running:
+        served.close()
+
+
+@pytest.fixture
+def hook(tmp_path: Path) -> Iterator[Hook]:
+    with Hook(tmp_path / "hook.sock") as hook:
+        yield hook
+
+
+@pytest.fixture
+def fifos(tmp_path: Path) -> Iterator[tuple[Fifo, Fifo]]:
+    pair = Fifo(tmp_path / "started"), Fifo(tmp_path / "release")
+    yield pair
+    for fifo in pair:
+        fifo.close()
+
+
+def accepted(served: Served, *args: Any, **more: Any) -> None:
+    assert json.loads(served.ask(request(*args, **more)))["error"] == ""
+
+
+def die(served: Served) -> None:
+    served.signal(signal.SIGKILL)
+    served.wait()
+
+
+def rows(tmp_path: Path, what: str) -> list[Any]:
+    with sqlite3.connect(tmp_path / "j.db") as db:
+        found = db.execute(f"SELECT {what} FROM requests ORDER BY seq").fetchall()
+    db.close()
+    return found
+
+
+def test_what_ran_and_what_waited_is_answered_by_the_successor(
+    serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
+    served = serve("--workers", "1")
+    started, release = fifos
+    accepted(served, "runs", "hold", hook.url, [started.path, release.path])
+    started.read()
+    for n in range(50):
+        accepted(served, f"w{n}", "add", hook.url, [n, 1])
+    die(served)
+    release.close()
+    os.unlink(release.path)
+    Path(release.path).write_text("")  # the second run need not wait
+    serve("--workers", "1")
+    started.read()
+    answers = {answer["id"]: answer for answer in (hook.answer() for _ in range(51))}
+    assert [answers[f"w{n}"]["result"] for n in range(50)] == [n + 1 for n in range(50)]
+    assert answers["runs"]["error"] == ""
+
+
+def test_an_answer_that_its_hook_has_not_taken_is_posted_again(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    silent = Hook(tmp_path / "hook.sock", reply=lambda body: None)
+    runs = str(tmp_path / "runs")
+    with silent:
+        accepted(served, "a", "noted", silent.url, [runs, 7])
+        silent.next()
+        die(served)
+    with Hook(tmp_path / "hook.sock") as hook:
+        serve()
+        assert hook.answer()["result"] == 7
+    assert Path(runs).read_text() == "a 7\n", "it has not run again"
+
+
+def test_an_ack_with_an_error_is_no_delivery(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    with Hook(tmp_path / "hook.sock", reply=lambda body: ack(error="not now")) as refusing:
+        accepted(served, "a", "add", refusing.url, [1])
+        refusing.next()
+        die(served)
+    with Hook(tmp_path / "hook.sock") as hook:
+        serve()
+        assert hook.answer()["result"] == 1
+
+
+class TestRepeats:
+    def test_are_known_after_a_restart(self, serve: Serve, hook: Hook, tmp_path: Path) -> None:
+        served = serve()
+        runs = str(tmp_path / "runs")
+        accepted(served, "a", "noted", hook.url, [runs, 1])
+        hook.answer()
+        served.until(lambda stats: not stats["journal"]["unfinished"])
+        served.signal(signal.SIGTERM)
+        assert served.wait() == 0
+        served = serve()
+        accepted(served, "a", "noted", hook.url, [runs, 1])
+        other = json.loads(served.ask(request("a", "noted", hook.url, [runs, 2])))
+        assert "was used for another request" in other["error"]
+        accepted(served, "b", "noted", hook.url, [runs, 3])
+        assert hook.answer()["id"] == "b"
+        assert Path(runs).read_text() == "a 1\nb 3\n"
+
+    def test_of_what_is_under_way(self, serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
+        served = serve()
+        started, release = fifos
+        accepted(served, "a", "hold", hook.url, [started.path, release.path])
+        started.read()
+        accepted(served, "a", "hold", hook.url, [started.path, release.path])
+        release.close()
+        hook.answer()
+        assert served.stats()["counts"]["repeated"] == 1
+
+
+def test_a_stop_leaves_what_it_cannot_finish(serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
+    served = serve("--workers", "1", "--drain-timeout", "0")
+    started, _ = fifos
+    accepted(served, "stays", "stay", hook.url, [started.path])
+    started.read()
+    accepted(served, "waits", "add", hook.url, [1])
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+    serve("--workers", "2")
+    answer = hook.answer()
+    assert (answer["id"], answer["error"]) == ("waits", "")
+    started.read()
+
+
+def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
+    served = serve("--workers", "1")
+    started, _ = fifos
+    accepted(served, "stays", "stay", hook.url, [started.path])
+    started.read()
+    accepted(served, "late", "add", hook.url, [1], timeout=0.01)
+    die(served)
+    serve("--workers", "2")
+    answers = [hook.answer()]
+    assert answers[0]["id"] == "late"
+    assert "timed out" in answers[0]["error"]
+
+
+def test_a_request_that_kills_supervisors_is_poisoned(serve: Serve, hook: Hook, tmp_path: Path) -> None:
+    pid_file, runs = tmp_path / "pid", tmp_path / "runs"
+    served = serve("--workers", "1")
+    pid_file.write_text(str(served.pid))
+    accepted(served, "deadly", "kill_supervisor", hook.url, [str(pid_file), str(runs)])
+    for n in range(20):
+        accepted_or_dead(served, f"n{n}", hook.url)
+    served.wait()
+    known = {row[0] for row in rows(tmp_path, "id")}
+    for _ in range(3):
+        pid_file.unlink()
+        os.mkfifo(pid_file)  # so that it dies when it is ready, and known to us
+        served = serve("--workers", "1")
+        pid_file_write(pid_file, served.pid)
+        served.wait()
+    pid_file.unlink()
+    serve("--workers", "1")
+    answers = {answer["id"]: answer for answer in (hook.answer() for _ in known)}
+    assert "supervisors have died" in answers.pop("deadly")["error"]
+    assert len(runs.read_text().splitlines()) == 4
+    assert all(answer["error"] == "" for answer in answers.values())
+
+
+def accepted_or_dead(served: Served, id: str, hook: str) -> None:
+    with contextlib.suppress(OSError, AssertionError, IndexError):
+        served.ask(request(id, "echo", hook, [1]))
+
+
+def pid_file_write(fifo: Path, pid: int) -> None:
+    with open(fifo, "w") as file:
+        file.write(str(pid))
+
+
+def test_handlers_are_kept_with_their_request(serve: Serve, fifos: tuple[Fifo, Fifo], tmp_path: Path) -> None:
+    served = serve("--workers", "1")
+    started, _ = fifos
+    told = Fifo(tmp_path / "told")
+    path = told.path
+
+    def on_success(request: Any, response: Any) -> None:
+        with open(path, "w") as fifo:
+            fifo.write(f"{request.id} {bytes(response.result).decode()}")
+
+    with connect(served.url) as client:
+        client.submit("stay", started.path)
+        started.read()
+        call = client.using(on_success=on_success).submit("add", 20, 22)
+        served.until(lambda stats: stats["journal"]["unfinished"] == 2)
+        die(served)
+        serve("--workers", "2")
+        assert told.read() == f"{call.id} 42"
+    told.close()
+
+
+def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Path) -> None:
+    served = serve()
+    assert json.loads(served.ask(request("u", "unknown", hook.url)))["error"]
+    served.stats()
+    served.signal(signal.SIGTERM)
+    served.wait()
+    assert rows(tmp_path, "id") == []
+
+
+def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
+    """Those of what is stored come later than refusals, but not behind them."""
+    from peers import connected, frame, read_frame
+
+    served = serve()
+    messages = [request(f"r{n}", "add" if n % 2 else "unknown", hook.url, [1], acomm=1) for n in range(20)]
+    with connected(served.path) as sock:
+        sock.sendall(b"".join(frame(message) for message in messages))
+        acks = [json.loads(read_frame(sock)) for _ in messages]
+    assert [ack["id"] for ack in acks] == [f"r{n}" for n in range(20)]
+    assert [bool(ack["error"]) for ack in acks] == [n % 2 == 0 for n in range(20)]
+
+
+class TestFullDisk:
+    def test_requests_are_refused_until_there_is_space(
+        self, serve: Serve, hook: Hook, tmp_path: Path
+    ) -> None:
+        """The limit of a file's size stands for that of the disk: a write fails all the same."""
+        import resource
+
+        served = serve()
+        accepted(served, "a", "echo", hook.url, ["x"])
+        hook.answer()
+        _, hard = resource.prlimit(served.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(served.pid, resource.RLIMIT_FSIZE, (200_000, hard))
+        refused = None
+        for n in range(100):
+            reply = json.loads(served.ask(request(f"b{n}", "echo", hook.url, ["x" * 20_000], acomm=1)))
+            if reply["error"]:
+                refused = reply
+                break
+        assert refused is not None
+        assert refused["error_info"]["code"] == "busy"
+        assert "cannot be written" in refused["error"]
+        resource.prlimit(served.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        accepted(served, refused["id"], "echo", hook.url, ["now"])
+        answers = {hook.answer()["id"] for _ in range(n + 1)}
+        assert answers == {f"b{i}" for i in range(n + 1)}
+
+
+class TestFailed:
+    def run(self, served: Served, *arguments: str, status: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", "from workers.cli import cli; cli()", *arguments],
+            env=environment(served.folder, ACOMM_URL=served.url),
+            cwd=served.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    def test_are_listed_replayed_and_purged(self, serve: Serve, hook: Hook, tmp_path: Path) -> None:
+        served = serve()
+        lucky = tmp_path / "lucky"
+        accepted(served, "a", "unlucky", hook.url, [str(lucky)])
+        accepted(served, "b", "fail", hook.url, ["for good"])
+        assert {hook.answer()["id"], hook.answer()["id"]} == {"a", "b"}
+        listed = json.loads(self.run(served, "failed", "--json"))
+        assert [(row["id"], row["code"], row["error"]) for row in listed] == [
+            ("b", "task_error", "ValueError: for good"),
+            ("a", "task_error", "ValueError: not yet"),
+        ]
+        whole = self.run(served, "failed", "a")
+        assert f'args: ["{lucky}"]' in whole
+        assert "Traceback" in whole
+        assert "not yet" in self.run(served, "replay", "a", "durabletasks", "--inline", status=1)
+        lucky.write_text("")
+        assert self.run(served, "replay", "a", "durabletasks", "--inline") == '"done"\n'
+        self.run(served, "replay", "a")
+        answer = hook.answer()
+        assert (answer["id"], answer["result"]) == ("a", "done")
+        assert "1 request forgotten" in self.run(served, "purge", "--all")
+        assert self.run(served, "failed") == ""
+        assert "no failed request" in self.run(served, "replay", "b", status=1)
+
+    def test_dead_letters_are_among_them(self, serve: Serve, tmp_path: Path) -> None:
+        served = serve()
+        nobody = f"unix://{tmp_path}/nobody.sock"
+        accepted(served, "a", "add", nobody, [1])
+        served.until(lambda stats: stats["hooks"]["pending"])
+        assert self.run(served, "failed") == ""
+
+    def test_without_a_journal_there_is_nothing_to_list(self, tmp_path: Path) -> None:
+        with Served(tmp_path) as served:
+            assert "--journal" in self.run(served, "failed", status=1)

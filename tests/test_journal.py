@@ -1,0 +1,206 @@
+"""The journal's thread: what is told when, and what happens when the file cannot be written."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from workers import journal as module
+from workers.errors import AcommError
+from workers.journal import MAX_BATCH, Journal
+from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
+
+WAIT = 20.0
+
+
+def error(code: int) -> sqlite3.OperationalError:
+    made = sqlite3.OperationalError("injected")
+    made.sqlite_errorcode = code
+    return made
+
+
+class Faulty(JournalFile):
+    """Raises what `faults` says at the next writes; `gate` holds them up."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.faults: list[sqlite3.Error | None] = []
+        self.gate: threading.Event | None = None
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def write(self, batch: Batch) -> dict[int, Row]:
+        if self.gate is not None:
+            assert self.gate.wait(WAIT)
+        if self.faults and (fault := self.faults.pop(0)) is not None:
+            raise fault
+        self.sizes.append((len(batch.entries), len(batch.ended), len(batch.delivered)))
+        return super().write(batch)
+
+
+class Told:
+    """Collects what is told, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, Any]] = []
+        self._changed = asyncio.Event()
+
+    def __call__(self, name: str) -> Callable[..., None]:
+        def told(outcome: Any = None) -> None:
+            self.order.append((name, outcome))
+            self._changed.set()
+
+        return told
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(WAIT):
+            while len(self.order) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.order)[name]
+
+
+class Kit:
+    def __init__(self, folder: Path) -> None:
+        self.file = Faulty(str(folder / "j.db"))
+        self.told = Told()
+        self.journal = Journal(self.file, self.told("failed"))
+
+    def accept(self, id: str) -> int:
+        seq = self.journal.new_seq()
+        entry = Entry(seq, id, b"d", "t", b"{}", 3, True, "unix:0", 1.0)
+        self.journal.accept(entry, self.told(id))
+        return seq
+
+
+@pytest_asyncio.fixture
+async def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kit]:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(module, "RETRY", 0.001)
+    monkeypatch.setattr(module, "IDLE", 0.01)
+    kit = Kit(tmp_path)
+    kit.journal.start()
+    yield kit
+    await kit.journal.close()
+
+
+async def test_what_comes_during_a_commit_is_the_next_batch(kit: Kit) -> None:
+    kit.file.gate = threading.Event()
+    for n in range(1000):
+        kit.accept(f"r{n}")
+    kit.file.gate.set()
+    await kit.told.until(1000)
+    assert [name for name, _ in kit.told.order] == [f"r{n}" for n in range(1000)]
+    assert all(outcome is None for _, outcome in kit.told.order)
+    sizes = [entries for entries, _, _ in kit.file.sizes]
+    assert max(sizes) == MAX_BATCH
+    assert len(sizes) <= 4
+
+
+async def test_a_known_id_is_told_its_row(kit: Kit) -> None:
+    first = kit.accept("a")
+    await kit.told.until(1)
+    kit.accept("a")
+    await kit.told.until(2)
+    assert kit.told.order[1][1].seq == first
+
+
+async def test_one_that_fails_when_it_is_told_does_not_keep_others_from_it(
+    kit: Kit, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(outcome: Any) -> None:
+        raise ValueError("a fault")
+
+    seq = kit.journal.new_seq()
+    kit.journal.accept(Entry(seq, "x", b"d", "t", b"{}", 3, True, "unix:0", 1.0), broken)
+    kit.accept("a")
+    await kit.told.until(1)
+    assert "a fault" in caplog.text
+
+
+class TestNoSpace:
+    async def test_what_is_new_is_refused_and_what_was_promised_is_kept(self, kit: Kit) -> None:
+        seq = kit.accept("a")
+        await kit.told.until(1)
+        kit.file.faults = [error(sqlite3.SQLITE_FULL)] * 3
+        kit.journal.end(Ending(seq, b"answer", None), kit.told("ended"))
+        kit.accept("b")
+        await kit.told.until(3)
+        assert dict(kit.told.order).keys() == {"a", "b", "ended"}
+        refusal = kit.told["b"]
+        if refusal is not None:  # it came with a write that has failed
+            assert refusal.code == "busy"
+            assert refusal.retry_after == 1.0
+        row = await kit.journal.ask(kit.file.find, "a")
+        assert row is not None
+        assert row.response == b"answer"
+        assert not kit.journal.full
+        kit.accept("c")
+        await kit.told.until(4)
+        assert kit.told["c"] is None
+
+    async def test_a_refused_one_is_not_there(self, kit: Kit) -> None:
+        kit.file.faults = [error(sqlite3.SQLITE_FULL)]
+        kit.accept("a")
+        await kit.told.until(1)
+        assert isinstance(kit.told["a"], AcommError)
+        assert await kit.journal.ask(kit.file.find, "a") is None
+
+
+@pytest.mark.parametrize(
+    "code", [sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR_READ]
+)
+async def test_a_failed_fsync_is_the_end(kit: Kit, code: int) -> None:
+    """The next one would succeed, and say nothing of what the last has lost."""
+    seq = kit.accept("a")
+    await kit.told.until(1)
+    kit.file.faults = [error(code)]
+    kit.journal.end(Ending(seq, b"answer", None), kit.told("ended"))
+    await kit.told.until(2)
+    assert kit.told.order[1] == ("failed", "injected")
+    kit.accept("b")
+    assert kit.told["b"].code == "busy"
+    assert kit.journal.broken == "injected"
+    assert "ended" not in dict(kit.told.order)
+
+
+async def test_closing_writes_what_is_left(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    kit = Kit(tmp_path)
+    kit.journal.start()
+    kit.file.gate = threading.Event()
+    seqs = [kit.accept(f"r{n}") for n in range(MAX_BATCH + 10)]
+    for seq in seqs[:5]:
+        kit.journal.delivered(seq)
+    kit.file.gate.set()
+    await kit.journal.close()
+    again = JournalFile(str(tmp_path / "j.db"))
+    assert again.count_unfinished() == len(seqs) - 5
+    again.close()
+
+
+async def test_a_question_that_fails_says_so(kit: Kit) -> None:
+    def ask() -> None:
+        raise sqlite3.OperationalError("no")
+
+    with pytest.raises(sqlite3.OperationalError, match="no"):
+        await kit.journal.ask(ask)
+    kit.accept("a")
+    await kit.told.until(1)
+
+
+async def test_the_log_is_brought_into_the_file_when_there_is_time(kit: Kit, tmp_path: Path) -> None:
+    kit.accept("a")
+    await kit.told.until(1)
+    before = (tmp_path / "j.db").stat().st_size
+    async with asyncio.timeout(WAIT):
+        while (tmp_path / "j.db").stat().st_size == before:
+            await kit.journal.ask(kit.file.count_unfinished)

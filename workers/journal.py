@@ -1,0 +1,279 @@
+"""The journal: what was accepted outlives the supervisor. One thread writes, many requests share a commit.
+
+    accept(entry, stored) --+                        +--> stored(...)      each on the event loop,
+    end(ending, stored) ----+--> [one transaction] --+--> stored(...)      after the commit
+    delivered(seq) ---------+
+
+Whatever comes during a commit is the next batch; there is no timer. What a full disk keeps from being
+written is refused where it was not yet promised, and tried again where it was. A failed fsync is the end:
+nobody knows what of the file is on the disk, and the next commit would succeed all the same (`broken`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from workers.errors import AcommError, Busy, printable
+from workers.journalfile import Batch, Ending, Entry, JournalFile, Row, out_of_space
+
+log = logging.getLogger("acomm.journal")
+
+MAX_BATCH = 512
+"""Requests that share a commit: more would only wait longer for it."""
+
+RETRY = 0.25
+"""Seconds between tries to write what could not be written and has been promised."""
+
+IDLE = 0.5
+"""Seconds without anything to write after which there is time for housekeeping."""
+
+MAX_LOG = 16_000
+"""Rows written after which the log is brought into the file even if there is no time: 64 MB or so."""
+
+T = TypeVar("T")
+Stored = Callable[[Row | AcommError | None], None]
+"""Told of an entry: None, it is stored; the row that has its id; or why it could not be stored."""
+
+
+class Journal:
+    """Writes to `file` from a thread of its own, and tells on the event loop that was running at `start`.
+
+    `failed(text)` is called there, once, when the file cannot be trusted any more.
+    """
+
+    def __init__(self, file: JournalFile, failed: Callable[[str], None]) -> None:
+        self.file = file
+        self.broken: str | None = None
+        self.commits = 0
+        self.rows = 0
+        self.full = False  # the last try has found no space
+        self._failed = failed
+        self._seqs = itertools.count(file.last + 1)
+        self._wake = threading.Condition()
+        self._entries: list[tuple[Entry, Stored]] = []
+        self._ended: list[tuple[Ending, Callable[[], None]]] = []
+        self._delivered: list[int] = []
+        self._undelivered: list[int] = []
+        self._errands: list[Callable[[], None]] = []
+        self._closing = False
+        self._since_checkpoint = 0
+        self._thread = threading.Thread(target=self._run, name="acomm-journal", daemon=True)
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.file.path}, {self.commits} commits>"
+
+    def start(self) -> None:
+        """Begin to write; call it on the event loop that is to be told."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Write what is left, and close the file."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            await self._loop.run_in_executor(None, self._thread.join)
+        if self.broken is None:
+            self.file.close()
+        else:
+            self.file.abandon()
+
+    def new_seq(self) -> int:
+        """The number of the next row."""
+        return next(self._seqs)
+
+    # -- what is to be written ----------------------------------------------------------------------
+
+    def accept(self, entry: Entry, stored: Stored) -> None:
+        """Store a request; it may be acknowledged and run when `stored` says so."""
+        if self.broken is not None:
+            stored(Busy("the journal has failed; the supervisor stops"))
+            return
+        with self._wake:
+            self._entries.append((entry, stored))
+            self._wake.notify()
+
+    def end(self, ending: Ending, stored: Callable[[], None]) -> None:
+        """Store an answer; it may be told when `stored` says so."""
+        with self._wake:
+            self._ended.append((ending, stored))
+            self._wake.notify()
+
+    def delivered(self, seq: int) -> None:
+        """A request's answer has arrived: it need not be kept. Written when there is time."""
+        with self._wake:
+            self._delivered.append(seq)
+            if len(self._delivered) >= MAX_BATCH:
+                self._wake.notify()
+
+    def undelivered(self, seq: int) -> None:
+        """A request's answer is given up."""
+        with self._wake:
+            self._undelivered.append(seq)
+            self._wake.notify()
+
+    async def ask(self, question: Callable[..., T], *args: Any) -> T:
+        """`question(*args)`, a method of the file's, in the thread that has it, behind what is written."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+
+        def told(value: T | None, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(value)  # type: ignore[arg-type]
+            else:
+                answer.set_exception(error)
+
+        def errand() -> None:
+            value: T | None = None
+            fault: BaseException | None = None
+            try:
+                value = question(*args)
+            except Exception as error:
+                fault = error
+            self._tell(told, value, fault)
+
+        with self._wake:
+            if self._closing:
+                raise RuntimeError("the journal is closed")
+            self._errands.append(errand)
+            self._wake.notify()
+        return await answer
+
+    # -- the thread ---------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except Exception as error:  # a fault of ours: as bad as one of the disk's
+            log.exception("the journal failed")
+            self._break(f"{type(error).__name__}: {error}")
+
+    def _step(self) -> bool:
+        """Write one batch, or see to the house; whether to go on."""
+        with self._wake:
+            if not self._wake.wait_for(self._has_work, IDLE):
+                idle = True
+            else:
+                idle = False
+            entries, self._entries = self._entries[:MAX_BATCH], self._entries[MAX_BATCH:]
+            ended, self._ended = self._ended, []
+            delivered, self._delivered = self._delivered, []
+            undelivered, self._undelivered = self._undelivered, []
+            errands, self._errands = self._errands, []
+            last = self._closing and not self._entries
+        batch = Batch()
+        batch.entries = [entry for entry, _ in entries]
+        batch.ended = [ending for ending, _ in ended]
+        batch.delivered, batch.undelivered = delivered, undelivered
+        if batch and not self._write(batch, entries, ended):
+            with self._wake:  # what has been promised comes first, next time
+                self._ended[:0] = ended
+                self._delivered[:0] = delivered
+                self._undelivered[:0] = undelivered
+            last = last or self.broken is not None
+            if not last:
+                time.sleep(RETRY)
+        for errand in errands:
+            errand()
+        if idle or self._since_checkpoint > MAX_LOG:
+            self._keep_house(idle)
+        return not last and self.broken is None
+
+    def _has_work(self) -> bool:
+        return bool(
+            self._entries
+            or self._ended
+            or self._undelivered
+            or self._errands
+            or self._closing
+            or len(self._delivered) >= MAX_BATCH
+        )
+
+    def _write(
+        self,
+        batch: Batch,
+        entries: list[tuple[Entry, Stored]],
+        ended: list[tuple[Ending, Callable[[], None]]],
+    ) -> bool:
+        try:
+            known = self.file.write(batch)
+        except sqlite3.Error as error:
+            if not out_of_space(error):
+                self._break(str(error))
+                refusal: AcommError = Busy("the journal has failed; the supervisor stops")
+            else:
+                if not self.full:
+                    log.error("the journal cannot be written (%s); requests are refused meanwhile", error)
+                self.full = True
+                refusal = Busy(f"the journal cannot be written: {printable(error)}", retry_after=1.0)
+            self._tell(self._refused, [stored for _, stored in entries], refusal)
+            return False
+        if self.full:
+            log.warning("the journal can be written again")
+            self.full = False
+        self.commits += 1
+        rows = len(batch.entries) + len(batch.ended)
+        self.rows += rows
+        self._since_checkpoint += rows
+        self._tell(self._stored, entries, known, ended)
+        return True
+
+    @staticmethod
+    def _refused(waiting: list[Stored], refusal: AcommError) -> None:
+        for stored in waiting:
+            _told(stored, refusal)
+
+    @staticmethod
+    def _stored(
+        entries: list[tuple[Entry, Stored]],
+        known: dict[int, Row],
+        ended: list[tuple[Ending, Callable[[], None]]],
+    ) -> None:
+        for entry, stored in entries:
+            _told(stored, known.get(entry.seq) if known else None)
+        for _, done in ended:
+            _told(done)
+
+    def _keep_house(self, idle: bool) -> None:
+        try:
+            if idle and self.file.compact():
+                self._since_checkpoint += 1
+            if self._since_checkpoint:
+                self.file.checkpoint()
+                self._since_checkpoint = 0
+        except sqlite3.Error as error:
+            if not out_of_space(error):
+                self._break(str(error))
+
+    def _break(self, text: str) -> None:
+        """The file is not to be trusted: nothing more is written."""
+        self.broken = text
+        with self._wake:
+            waiting = [stored for _, stored in self._entries]
+            self._entries = []
+        self._tell(self._refused, waiting, Busy("the journal has failed; the supervisor stops"))
+        self._tell(self._failed, text)
+
+    def _tell(self, function: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: nobody is there to be told
+            log.debug("nobody waits for the journal any more")
+
+
+def _told(function: Callable[..., None], *args: Any) -> None:
+    """What one is told must not keep the others from being told."""
+    try:
+        function(*args)
+    except Exception:
+        log.exception("what waited for the journal failed")

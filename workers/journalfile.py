@@ -1,0 +1,473 @@
+"""The journal's file: accepted requests and their answers in SQLite. No threads; whoever opens it owns it.
+
+    accepted --> ended --> delivered        each a row's state; a tombstone stays of what was delivered, so
+       ^           |                        that a repeat is told from a new request
+       +-- replay  +-----> undelivered      a dead letter
+
+A row is what its request was, as the JSON of generation 3 with all our keys, and what is not in that: in
+which generation it came, and who has sent it. Failed ones keep it, and their answer, until they are purged or
+old.
+
+Why statements of many rows: Python's sqlite3 gives up the interpreter lock for each step of a statement and
+has to get it back, which beside a busy event loop takes up to a whole switch interval. So it is one step for
+many rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sqlite3
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import psutil
+
+from acomm.socketpath import check_folder
+from workers.errors import ConfigError, printable
+
+SCHEMA = 1
+"""The version of the tables below; `user_version` of the file."""
+
+APPLICATION_ID = 0x61636F6D
+"""Of SQLite's file header: "acom"."""
+
+ACCEPTED, ENDED, DELIVERED, UNDELIVERED = range(4)
+"""The states of a row. ENDED has its answer, which its hook has not acknowledged."""
+
+WINDOW = 24 * 3600.0
+"""Seconds for which the id of a delivered request is known."""
+
+KEEP_FAILED = 7 * 24 * 3600.0
+"""Seconds for which a failed request is kept, unless it is purged."""
+
+CHUNKS = (256, 64, 16, 4, 1)
+"""Rows of one statement: a few sizes, so that each is prepared once."""
+
+_COMPACTED_AT_ONCE = 10_000  # rows; some 20 ms
+_REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "ceph", "glusterfs"}
+"""File systems of other hosts, whose locks and shared memory are not to be trusted with a WAL."""
+
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE requests (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    digest BLOB NOT NULL,
+    state INTEGER NOT NULL,
+    task TEXT NOT NULL,
+    message BLOB,
+    wire INTEGER NOT NULL,
+    extended INTEGER NOT NULL,
+    origin TEXT NOT NULL,
+    accepted REAL NOT NULL,
+    boots INTEGER NOT NULL DEFAULT 0,
+    response BLOB,
+    code TEXT,
+    ended REAL
+);
+CREATE INDEX unfinished ON requests (seq) WHERE state < 2;
+CREATE INDEX failed ON requests (seq) WHERE code IS NOT NULL;
+"""
+
+_COLUMNS = (
+    "seq, id, digest, state, task, message, wire, extended, origin, accepted, boots, response, code, ended"
+)
+
+
+class Entry(NamedTuple):
+    """A request to be stored. `accepted` is seconds since the epoch, `origin` what `Origin.parse` reads."""
+
+    seq: int
+    id: str
+    digest: bytes
+    task: str
+    message: bytes
+    wire: int
+    extended: bool
+    origin: str
+    accepted: float
+
+
+class Row(NamedTuple):
+    """A stored request. `message` and `response` are None when they have been blanked; `code` is the error's
+    of a failed one; `boots` counts how often it was taken up again after its supervisor had died.
+    """
+
+    seq: int
+    id: str
+    digest: bytes
+    state: int
+    task: str
+    message: bytes | None
+    wire: int
+    extended: int
+    origin: str
+    accepted: float
+    boots: int
+    response: bytes | None
+    code: str | None
+    ended: float | None
+
+
+class Ending(NamedTuple):
+    """An answer to be stored: a response as generation 3's JSON, and its error's code if it has failed."""
+
+    seq: int
+    response: bytes
+    code: str | None
+
+
+class Batch:
+    """What one transaction writes."""
+
+    __slots__ = ("delivered", "ended", "entries", "undelivered")
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.ended: list[Ending] = []
+        self.delivered: list[int] = []
+        self.undelivered: list[int] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.ended or self.delivered or self.undelivered)
+
+
+class JournalFile:
+    """The open file. `epoch` is how often it has been opened, `last` its highest row then."""
+
+    def __init__(self, path: str, *, full: bool = True, wall: Callable[[], float] = time.time) -> None:
+        """Open or make the file at `path`, for us alone. `full`: a commit survives the loss of power, else
+        only that of the process. Raises ConfigError, which says how to go on, for a file that is not ours,
+        newer, damaged, in use, or on another host.
+        """
+        self.path = os.path.abspath(path)
+        self._wall = wall
+        check_folder(os.path.dirname(self.path))
+        _check_local(self.path)
+        self._lock = _lock(self.path)
+        try:
+            _make_private(self.path)
+            with self._readable():
+                self._db = sqlite3.connect(
+                    self.path, isolation_level=None, check_same_thread=False, cached_statements=64
+                )
+                try:
+                    self._set_up(full)
+                except BaseException:
+                    self._db.close()
+                    raise
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __repr__(self) -> str:
+        return f"<JournalFile {self.path}, epoch {self.epoch}>"
+
+    def _set_up(self, full: bool) -> None:
+        db = self._db
+        application, version = self._pragma("application_id"), self._pragma("user_version")
+        tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        if tables and application != APPLICATION_ID:
+            raise ConfigError(f"{printable(self.path)} is another program's database: name another file")
+        if version > SCHEMA:
+            raise ConfigError(
+                f"the journal {printable(self.path)} was written by a newer acomm (schema {version}; we "
+                f"know {SCHEMA}): use that one, or move the file away to begin a new journal"
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # `checkpoint` does it when there is time
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        db.execute("PRAGMA temp_store = MEMORY")
+        db.execute("BEGIN IMMEDIATE")
+        if not tables:
+            for statement in _TABLES.split(";"):
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            db.execute("INSERT INTO meta VALUES ('epoch', 0)")
+        db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+        self.epoch: int = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
+        self.last: int = db.execute("SELECT coalesce(max(seq), 0) FROM requests").fetchone()[0]
+        db.execute("COMMIT")
+
+    def _pragma(self, name: str) -> int:
+        value: int = self._db.execute(f"PRAGMA {name}").fetchone()[0]
+        return value
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if _primary(error) == sqlite3.SQLITE_NOTADB:
+                text = f"{printable(self.path)} is no journal: name another file"
+            elif _primary(error) == sqlite3.SQLITE_CORRUPT:
+                text = (
+                    f"the journal {printable(self.path)} is damaged ({error}): move it away to begin a new "
+                    "one; `sqlite3 FILE .recover` shows what can still be read of it"
+                )
+            elif out_of_space(error):
+                text = f"no space for the journal {printable(self.path)}"
+            else:
+                text = f"cannot use the journal {printable(self.path)}: {error}"
+            raise ConfigError(text) from None
+
+    def close(self) -> None:
+        """Close it and give it free. What is committed is in the file."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close without touching the file: it has failed."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        os.close(self._lock)
+
+    # -- writing ------------------------------------------------------------------------------------
+
+    def write(self, batch: Batch) -> dict[int, Row]:
+        """Commit a batch. Returns, by the sequence number of an entry that was not stored as its id is known,
+        the row that has the id. Raises sqlite3.Error; nothing is written then.
+        """
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            known = self._insert(batch.entries) if batch.entries else {}
+            now = self._wall()
+            for ends in _chunks(batch.ended):
+                values = [value for ending in ends for value in ending]
+                db.execute(_update_ended(len(ends)), [now, *values])
+            for seqs in _chunks(batch.delivered):
+                db.execute(_update_delivered(len(seqs)), [now, *seqs])
+            for seqs in _chunks(batch.undelivered):
+                db.execute(_update_undelivered(len(seqs)), [now, *seqs])
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+        return known
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.Error):  # some errors have rolled back already
+                self._db.execute("ROLLBACK")
+
+    def _insert(self, entries: Sequence[Entry]) -> dict[int, Row]:
+        db = self._db
+        known: dict[int, Row] = {}
+        for chunk in _chunks(entries):
+            values = [value for entry in chunk for value in entry]
+            if db.execute(_insert(len(chunk)), values).rowcount == len(chunk):
+                continue
+            seqs = [entry.seq for entry in chunk]
+            stored = {
+                seq for (seq,) in db.execute(f"SELECT seq FROM requests WHERE seq IN ({_marks(seqs)})", seqs)
+            }
+            for entry in chunk:
+                if entry.seq not in stored:
+                    row = self.find(entry.id)
+                    assert row is not None
+                    known[entry.seq] = row
+        return known
+
+    def taken_up(self, seqs: Sequence[int]) -> None:
+        """Count that rows are taken up again, before they are."""
+        self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
+
+    def put_back(self, seqs: Sequence[int]) -> None:
+        """Rows were taken up, and then left in order: that is not to count against them."""
+        for chunk in _chunks(seqs):
+            self._change(f"UPDATE requests SET boots = 0 WHERE seq IN ({_marks(chunk)})", chunk)
+
+    def replay(self, seq: int) -> None:
+        """Have a failed request run, or its answer delivered, once more."""
+        self._change(
+            "UPDATE requests SET boots = 0, accepted = ?, state = iif(code = 'undelivered' AND "
+            "response IS NOT NULL, 1, 0), code = NULL, response = iif(code = 'undelivered', response, NULL) "
+            "WHERE seq = ?",
+            (self._wall(), seq),
+        )
+
+    def purge(self, seqs: Sequence[int]) -> int:
+        """Forget failed requests but for their ids; how many there were."""
+        return self._change(
+            "UPDATE requests SET message = NULL, response = NULL, code = NULL, state = 2"
+            f" WHERE code IS NOT NULL AND state >= 2 AND seq IN ({_marks(seqs)})",
+            seqs,
+        )
+
+    def _change(self, statement: str, values: Sequence[Any]) -> int:
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            count = db.execute(statement, values).rowcount
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back()
+            raise
+        return count
+
+    def compact(self) -> int:
+        """Delete some rows that are too old to be of use; how many. Call again while there are any."""
+        now = self._wall()
+        return self._change(
+            "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests WHERE seq < "
+            "(SELECT coalesce(min(seq), 0) FROM requests) + ? "
+            "AND state >= 2 AND ended < iif(code IS NULL, ?, ?))",
+            (_COMPACTED_AT_ONCE, now - WINDOW, now - KEEP_FAILED),
+        )
+
+    def checkpoint(self) -> None:
+        """Bring what was committed from the log into the file proper. Takes as long as there is of it."""
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    # -- reading ------------------------------------------------------------------------------------
+
+    def find(self, id: str) -> Row | None:
+        """The row of a request."""
+        found = self._db.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (id,)).fetchone()
+        return None if found is None else Row(*found)
+
+    def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
+        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order."""
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM requests INDEXED BY unfinished WHERE state < 2 AND seq > ? AND seq <= ? "
+            "ORDER BY seq LIMIT ?",
+            (after, upto, limit),
+        ).fetchall()
+        return [Row(*row) for row in rows]
+
+    def count_unfinished(self) -> int:
+        """How many rows have not been delivered."""
+        count: int = self._db.execute(
+            "SELECT count(*) FROM requests INDEXED BY unfinished WHERE state < 2"
+        ).fetchone()[0]
+        return count
+
+    def failed(self, limit: int, task: str | None = None) -> list[Row]:
+        """The latest failed requests, the last first."""
+        rows = self._db.execute(
+            f"SELECT {_COLUMNS} FROM requests WHERE code IS NOT NULL AND (?1 IS NULL OR task = ?1) "
+            "ORDER BY seq DESC LIMIT ?2",
+            (task, limit),
+        ).fetchall()
+        return [Row(*row) for row in rows]
+
+
+def out_of_space(error: sqlite3.Error) -> bool:
+    """Whether a write has failed in a way that may pass: nothing is written, and later it may be."""
+    code = getattr(error, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY) or code in (
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+        sqlite3.SQLITE_CANTOPEN,
+    )
+
+
+def _primary(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _chunks(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    start = 0
+    for size in CHUNKS:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _insert(count: int) -> str:
+    return (
+        "INSERT INTO requests (seq, id, digest, state, task, message, wire, extended, origin, accepted) "
+        "VALUES " + ",".join(["(?,?,?,0,?,?,?,?,?,?)"] * count) + " ON CONFLICT (id) DO NOTHING"
+    )
+
+
+def _update_ended(count: int) -> str:
+    return (
+        "UPDATE requests SET state = 1, response = v.column2, code = v.column3, ended = ? FROM (VALUES "
+        + ",".join(["(?,?,?)"] * count)
+        + ") AS v WHERE requests.seq = v.column1"
+    )
+
+
+def _update_delivered(count: int) -> str:
+    return (
+        "UPDATE requests SET state = 2, ended = ?, message = iif(code IS NULL, NULL, message), "
+        f"response = iif(code IS NULL, NULL, response) WHERE seq IN ({','.join('?' * count)})"
+    )
+
+
+def _update_undelivered(count: int) -> str:
+    return (
+        "UPDATE requests SET state = 3, ended = ?, code = coalesce(code, 'undelivered') "
+        f"WHERE seq IN ({','.join('?' * count)})"
+    )
+
+
+def _lock(path: str) -> int:
+    """Hold `PATH.lock`: two supervisors at one journal would run everything twice."""
+    try:
+        fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+            raise ConfigError(f"cannot lock the journal {printable(path)}: {error.strerror}") from None
+        raise ConfigError(
+            f"the journal {printable(path)} is in use by another supervisor: stop it, or name another file"
+        ) from None
+    return fd
+
+
+def _make_private(path: str) -> None:
+    """Make the file with mode 0600, or see that nobody else may read or change it: it holds pickled handlers,
+    which we run.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            info = os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise ConfigError(f"the journal {printable(path)} is not a file")
+    if info.st_uid != os.getuid():
+        raise ConfigError(f"the journal {printable(path)} belongs to uid {info.st_uid}, not to you")
+    if info.st_mode & 0o077:
+        raise ConfigError(
+            f"others may use the journal {printable(path)} (mode {stat.S_IMODE(info.st_mode):o}): "
+            "chmod it to 600"
+        )
+
+
+def _check_local(path: str) -> None:
+    """Refuse the file systems of other hosts."""
+    folder = os.path.realpath(os.path.dirname(path))
+    mounts = [
+        part
+        for part in psutil.disk_partitions(all=True)
+        if os.path.commonpath([part.mountpoint, folder]) == part.mountpoint
+    ]
+    where = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    if where is not None and where.fstype.lower() in _REMOTE:
+        raise ConfigError(
+            f"the journal {printable(path)} is on a {where.fstype} file system, whose locks do not hold: "
+            "name a file on a disk of this host"
+        )
