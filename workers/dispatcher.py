@@ -246,6 +246,11 @@ class Dispatcher:
         worker = self._holder.get(self.run(number))
         return None if worker is None else worker.id
 
+    def runs_now(self, task: str, key: bytes) -> bool:
+        """Whether a call of that key would join a run that a worker has."""
+        run = self._sharing.joinable(task, key)
+        return run is not None and run.number in self._holder
+
     def call(self, number: int) -> Call | None:
         """The call of that number, if it has not ended."""
         return self._calls.get(number)

@@ -388,7 +388,8 @@ class Supervisor:
                 if self.stored is not None and resolve is None:
                     self._store(self.stored, examined, decided)
                     return
-                accepted = self._begin(examined)
+                accepted = self._standing(examined)
+                self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -455,45 +456,47 @@ class Supervisor:
             task.check_args(request.args)
         return task, key
 
-    def _begin(self, examined: Examined) -> Accepted | None:
-        """Have a request done that has been counted. Returns where it stands, if its sender is to know.
-        Raises AcommError when it cannot be begun; then it does not count any more.
+    def _begin(self, examined: Examined) -> None:
+        """Have a request done that has been counted. Raises AcommError when it cannot be begun; then it does
+        not count any more.
         """
         request, content, origin, account, size, resolve, task, key = examined
-        call, ahead = None, 0
+        call = None
         try:
             if task is None:
                 self._forward(examined)
             else:
                 call = _call(request, task, origin, key)
                 call.account = account
-                if request.extended:
-                    ahead = self.pool.dispatcher.ahead(call.priority)
                 self.pool.submit(call)
                 self._track(request, origin, resolve)
         except BaseException:
             self.admission.release(account, size)
             raise
+        if call is not None:
+            self._calls[request.id] = call
+            self._counts["accepted"] += 1
+            if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
+                self._counts["joined"] += 1
+            if not self._drive_due:
+                self._drive_due = True
+                self._loop.call_soon(self._drive)
         self._recent.begin(request.id, content)
-        if call is None:
-            return None
-        self._calls[request.id] = call
-        self._counts["accepted"] += 1
-        if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
-            self._counts["joined"] += 1
-        if not self._drive_due:
-            self._drive_due = True
-            self._loop.call_soon(self._drive)
-        return self._standing(call, ahead) if request.extended else None
 
-    def _standing(self, call: Call, ahead: int) -> Accepted:
-        """Where a call that has just been accepted stands, `ahead` others being before it."""
+    def _standing(self, examined: Examined) -> Accepted | None:
+        """Where a request stands that is to be begun now; None if its sender is not to know, or there is
+        nothing to tell.
+        """
+        request, task = examined.request, examined.task
+        if task is None or not request.extended:
+            return None
         dispatcher = self.pool.dispatcher
-        if call.run is not None and dispatcher.holder(call.number) is not None:
-            return Accepted(0, 0.0)  # it shares a run that a worker has
+        ahead = dispatcher.ahead(request.priority or task.priority)
         if not ahead and dispatcher.assigned < self.pool.ready:
             return Accepted(0, 0.0)
-        gap = self._gap(time.monotonic(), call.task)
+        if examined.key is not None and dispatcher.runs_now(task.name, examined.key):
+            return Accepted(0, 0.0)
+        gap = self._gap(time.monotonic(), task.name)
         return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
 
     def _gap(self, now: float, task: str | None = None) -> float | None:
@@ -529,11 +532,8 @@ class Supervisor:
 
         def done(outcome: Row | AcommError | None) -> None:
             if outcome is None:
-                accepted = None
-                try:
-                    accepted = self._begin_stored(examined)
-                finally:
-                    decided(None, accepted)
+                decided(None, self._standing(examined))
+                self._begin_stored(examined)
                 return
             self.admission.release(examined.account, examined.size)
             refusal: AcommError | None = None
@@ -550,17 +550,16 @@ class Supervisor:
 
         stored.store(examined.request, examined.content, examined.origin, done)
 
-    def _begin_stored(self, examined: Examined) -> Accepted | None:
-        """Begin what is stored, and tell where it stands: what goes wrong now is its answer."""
+    def _begin_stored(self, examined: Examined) -> None:
+        """Begin what has been acknowledged: what goes wrong now is its answer."""
         request = examined.request
         try:
-            return self._begin(examined)
+            self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be begun")
                 error = AcommError(_INTERNAL)
             self._answer_unbegun(request, examined.origin, Response.to(request, error=error))
-            return None
 
     def _answer_unbegun(self, request: Request, origin: Origin, response: Response) -> None:
         self._track(request, origin)
