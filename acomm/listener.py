@@ -40,9 +40,11 @@ log = logging.getLogger("acomm.listener")
 DEFAULT_FRAME_TIMEOUT = 30.0
 """Seconds for a message to come whole, and for a new connection to begin one."""
 
-_ACCEPTS_AT_ONCE = 64
-"""asyncio accepts as many connections as its `backlog` says before it turns to anything else; the
-kernel's own queue may be longer.
+_ACCEPTS_AT_ONCE = 1
+"""Connections that asyncio accepts before it does anything else. Without descriptors each of these attempts
+would fail, log, and have a timer try as many again, until the loop does nothing else; one attempt a second
+is what a single one comes to. The kernel's own queue may be longer. uvloop takes all, and in want of
+descriptors cuts them off, for which it keeps one.
 """
 
 _COME_BACK = 1.0
@@ -180,6 +182,8 @@ class Connection(FrameProtocol):
         if self.framer.partial:
             if self.framer.needs > SMALL and not self._deaf:
                 self._find_room(self.framer.needs)
+                if self.held_since is not None or self._deaf:
+                    return
             if self.may_read():
                 if self.waiting_since is None:
                     self._wait_since(self._loop.time())

@@ -101,7 +101,7 @@ class Room(Generic[G]):
 
     def crowded(self, uid: int) -> str | None:
         """What is too much since a guest of `uid` has come in; None if all is well."""
-        if self._count[uid] > self._each:
+        if self._count[uid] > self._each < self.most:
             return f"uid {uid} has {self._each} connections, and more are not taken of one"
         if len(self._guests) > self.most:
             return f"there are {self.most} connections, and more are not taken"
