@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from acomm.multi import MultiRequest, gather
     from acomm.streamreaders import open_stream, stream
     from acomm.tracker import Tracker
+    from acomm.within import detached
 
 # Loaded when they are first used: many programs, workers among them, need none of these.
 _homes = {
@@ -55,6 +56,7 @@ _homes = {
         "multi": "MultiRequest gather",
         "streamreaders": "open_stream stream",
         "tracker": "Tracker",
+        "within": "detached",
     }.items()
     for name in names.split()
 }
@@ -93,6 +95,7 @@ __all__ = [
     "WorkerLost",
     "connect",
     "default_client",
+    "detached",
     "gather",
     "open_stream",
     "send",

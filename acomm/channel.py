@@ -21,6 +21,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from acomm import messages, urls
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, printable
 from acomm.framing import DEFAULT_MAX_FRAME, HEADER, Framer, FrameTooLarge
@@ -724,6 +726,9 @@ async def send(url: str, payload: Any, *, wire: int = 3, timeout: float = DEFAUL
     message is written. Raises the acknowledgement's error, ConnectionLost when none came within
     `timeout` seconds, BadRequest for a URL that nothing can be sent to.
     """
+    if isinstance(payload, Request) and urls.unix_path(url) is not None:
+        # We close the connection behind the acknowledgement, and the answer is for whoever is at the hook.
+        payload = msgspec.structs.replace(payload, detached=True)
     channels = Channels(timeout=timeout)
     try:
         await channels.send(url, payload, wire)

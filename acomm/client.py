@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,10 +26,19 @@ from typing import Any
 
 import msgspec
 
+from acomm import within
 from acomm.away import Away
 from acomm.calls import Call, Decode
 from acomm.channel import Outgoing
-from acomm.errors import AcommError, BadRequest, ConnectionLost, ShuttingDown, UnknownTask, Unreachable
+from acomm.errors import (
+    AcommError,
+    BadRequest,
+    CallTimeout,
+    ConnectionLost,
+    ShuttingDown,
+    UnknownTask,
+    Unreachable,
+)
 from acomm.messages import RESERVED, Request, Response
 from acomm.socketpath import default_socket
 from acomm.streamreaders import decline
@@ -168,7 +178,9 @@ class Client(Submitter):
     def send(
         self, task: str, args: bytes, options: Options, decode: Decode | None, decode_item: Decode | None
     ) -> Call:
-        """Send a call whose arguments are JSON text; returns at once. See `submit`."""
+        """Send a call whose arguments are JSON text; returns at once. See `submit`. Within a task its time is
+        at most what the task's own request has left.
+        """
         request = Request(
             task,
             msgspec.Raw(args),
@@ -179,7 +191,13 @@ class Client(Submitter):
         request.validate()
         call = Call(self, request.id, task, decode, decode_item)
         source = None if options.stream is None else options.stream.take()
-        self._post(_Pending(self, call, request, source))
+        pending = _Pending(self, call, request, source)
+        due = within.limit()
+        if due is not None:
+            asked = self._default_timeout if options.timeout is None else options.timeout
+            if due - time.monotonic() < asked:
+                pending.due = due
+        self._post(pending)
         return call
 
     def in_own_thread(self) -> bool:
@@ -323,8 +341,9 @@ class Client(Submitter):
             if pending.call.done():
                 pending.settled()
             return
-        accepted = None if pending.call is None else pending.call.note_accepted
-        self._ask(pending.request, pending, accepted)
+        if pending.due is None or pending.hurry(pending.due - time.monotonic()):
+            accepted = None if pending.call is None else pending.call.note_accepted
+            self._ask(pending.request, pending, accepted)
 
     def _ask(self, request: Request, answer: Answer, accepted: Callable[[bytes], None] | None = None) -> None:
         # The original's providers run their task whatever name is asked for, with whatever arguments.
@@ -362,10 +381,10 @@ class Client(Submitter):
 
 class _Pending:
     """A request until it is answered, which a Tracker resolves; its outcome is the Call's. `call` is None for
-    one whose answer nobody wants.
+    one whose answer nobody wants. `due` is when the work ends that it is a part of, on the monotonic clock.
     """
 
-    __slots__ = ("call", "client", "request", "source", "until")
+    __slots__ = ("call", "client", "due", "request", "source", "until")
 
     def __init__(self, client: Client, call: Call | None, request: Request, source: Source | None) -> None:
         self.client = client
@@ -373,9 +392,20 @@ class _Pending:
         self.request = request
         self.source = source
         self.until: float | None = None
+        self.due: float | None = None
 
     def done(self) -> bool:
         return self.call is None
+
+    def hurry(self, left: float) -> bool:
+        """Give the request the seconds that are left. False, and it has failed, if there are none: it is not
+        sent then.
+        """
+        if left <= 0:
+            self.fail(CallTimeout("the task that submits this call has no time left for it"))
+            return False
+        self.request = msgspec.structs.replace(self.request, timeout=left)
+        return True
 
     def set_result(self, response: Response) -> None:
         # Behind a stream there is a task that runs on, and may read ours.

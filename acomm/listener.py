@@ -84,6 +84,8 @@ class Connection(FrameProtocol):
         # Since when a message has been expected or has been incomplete; None while it is not for the
         # peer to move.
         self.waiting_since: float | None = self._loop.time()
+        # Told, once, when the connection is gone; not if we have closed it ourselves by `close`.
+        self.on_lost: Callable[[], None] | None = None
         self._listener = listener
         self._on_message = listener.on_message
         self._reserved = 0  # bytes in the room, for a message that is not whole
@@ -152,6 +154,7 @@ class Connection(FrameProtocol):
 
     def close(self) -> Done[None]:
         """Close once everything sent has left."""
+        self.on_lost = None
         self.finish()
         return Done(None)
 
@@ -352,6 +355,9 @@ class Connection(FrameProtocol):
         self._give_back()
         self._wake()
         self._listener._disconnected(self)
+        lost, self.on_lost = self.on_lost, None
+        if lost is not None:
+            lost()
 
 
 class UnixListener:

@@ -14,7 +14,8 @@ They are always all there, in this order, compact. Receivers match keys in any c
 that they do not know. Two programs that both know this library may say more: a message that carries
 `"acomm": 1` asks for extension keys, and only then does its answer carry any:
 
-* request: `timeout` (seconds left when sent), `priority`, `handlers`
+* request: `timeout` (seconds left when sent), `priority`, `handlers`, `detached` (true: its sender does not
+  keep the connection until the answer comes)
 * response: `stream_format`
 * response and acknowledgement: `error_info`, and `"acomm": 1` itself
 * acknowledgement of a request: `accepted`
@@ -49,11 +50,12 @@ RESERVED = "acomm."
 _string = msgspec.json.Decoder(str | None)
 _number = msgspec.json.Decoder(float | None)
 _integer = msgspec.json.Decoder(int | None)
+_flag = msgspec.json.Decoder(bool | None)
 _anything = msgspec.json.Decoder()
 _quote = msgspec.json.encode
 
 _request_keys = frozenset(
-    "id task args responsehook taskurl streamurl acomm timeout priority handlers".split()
+    "id task args responsehook taskurl streamurl acomm timeout priority handlers detached".split()
 )
 _response_keys = frozenset("error id result stream_url streamurl acomm error_info stream_format".split())
 _generation_3_keys = frozenset({"responseHook", "taskURL", "streamURL"})
@@ -106,7 +108,8 @@ class Request(_Positional, frozen=True, kw_only=True):
     their pickled form, which the supervisor runs.
 
     `wire` is the generation that the request came in, `extended` whether its sender asked for
-    extension keys; answers go back in kind.
+    extension keys; answers go back in kind. `detached`: the sender goes when it has the acknowledgement,
+    which says nothing of who waits for the answer.
     """
 
     id: str = msgspec.field(default_factory=new_id)
@@ -120,6 +123,7 @@ class Request(_Positional, frozen=True, kw_only=True):
     handlers: Handlers | None = None
     wire: int = 3
     extended: bool = False
+    detached: bool = False
 
     def validate(self) -> None:
         """Check the request as its receiver will. Raises BadRequest, which says what to mend."""
@@ -163,6 +167,7 @@ class Request(_Positional, frozen=True, kw_only=True):
             handlers=_value(_handlers, get("handlers"), "handlers"),
             wire=wire,
             extended=_asked(get("acomm")),
+            detached=_value(_flag, get("detached"), "detached") or False,
         )
         _check_name("id", request.id, MAX_ID)
         _check_name("task", request.task, MAX_TASK)
@@ -199,7 +204,9 @@ class Request(_Positional, frozen=True, kw_only=True):
             extra += b',"priority":%d' % self.priority
         if self.handlers is not None:
             extra += b',"handlers":%b' % _quote(self.handlers)
-        return extra + b',"acomm":1' if extended else extra
+        if not extended:
+            return extra
+        return extra + (b',"detached":true,"acomm":1' if self.detached else b',"acomm":1')
 
     def args_as(self, type: type[T]) -> T:
         """The arguments as `type`. Raises BadRequest when they do not fit."""
@@ -469,7 +476,7 @@ def _folded(fields: dict[str, msgspec.Raw], known: frozenset[str], what: str) ->
 _fold = {
     name: name.casefold()
     for name in (
-        "id task args responseHook responsehook taskURL streamURL acomm timeout priority handlers "
+        "id task args responseHook responsehook taskURL streamURL acomm timeout priority handlers detached "
         "error result stream_url error_info stream_format"
     ).split()
 }

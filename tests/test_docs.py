@@ -177,6 +177,13 @@ def test_the_streams_in_the_guide_are_what_they_are_said_to(served: dict[str, st
 
 
 @pytest.mark.process
+def test_the_reload_in_the_guide_brings_new_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run([sys.executable, "-W", "error", "-c", block_with("GREETING")], dict(os.environ))
+    assert (done.stdout, done.stderr) == ("hello\ngood morning\n", "")
+
+
+@pytest.mark.process
 def test_the_isolated_calls_in_the_guide_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "converts.py").write_text(block_with("@task(isolated=True)"))
     monkeypatch.chdir(tmp_path)

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import zmq
 
+from workers import generations as generations_module
 from workers import pool as pool_module
 from workers import processes as processes_module
 from workers.calls import READY, Answer, Call, Outcome
@@ -413,7 +414,7 @@ def test_calls_behind_one_that_lasts_move_to_another_worker(driver: Driver, fifo
 
 
 def template_of(driver: Driver) -> int:
-    return driver.pool._processes._forkserver.pid
+    return driver.pool._processes._current.server.pid
 
 
 def test_the_fork_server_is_killed(driver: Driver, fifo: Fifo) -> None:
@@ -613,7 +614,7 @@ def test_a_start_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(self: object) -> None:
         raise OSError(11, "no more processes")
 
-    monkeypatch.setattr(processes_module.ForkServer, "start", refuse)
+    monkeypatch.setattr(generations_module.ForkServer, "start", refuse)
     pool = Pool(["pooltasks"], [HERE], workers=2)
     with pytest.raises(OSError, match="no more"):
         pool.start()

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from test_pool import HERE, Driver, Fifo, gone, idle, make
@@ -108,7 +108,7 @@ import resource, sys
 sys.path[:0] = [{HERE!r}]
 from test_receipts import Call, args, start
 driver = start(2)
-template = driver.pool._processes._forkserver.pid
+template = driver.pool._processes._current.server.pid
 flood = Call("flood", args(256, {stream}, {dies}))
 driver.submit(flood)
 others = [Call("add", b"[%d,1]" % n) for n in range(200)]
@@ -349,7 +349,7 @@ def test_an_error_that_is_no_death_has_no_receipt(driver: Driver) -> None:
 
 
 def test_a_death_that_was_likely_for_want_of_memory() -> None:
-    worker = Worker(1, 0, 0.0)
+    worker = Worker(1, cast(Any, None), 0, 0.0)
     worker.pid, worker.status, worker.oom = 5, -signal.SIGKILL, True
     worker.running = {1: Slot(1, 10.0, 0.0, 0.0)}
     worker.said = (Said(STDERR, 9.0, b"of another"), Said(STDERR, 10.0, b"its \xff own"))

@@ -146,6 +146,7 @@ def test_options_and_coroutines():
         {"concurrency": 1.5},
         {"retry": 3},
         {"isolated": 1},
+        {"cancel_on_disconnect": 1},
         {"max_memory": 0},
         {"max_memory": 5e8},
         {"max_memory": "500M"},
@@ -743,6 +744,7 @@ def test_schema():
         "key": None,
         "isolated": False,
         "max_memory": None,
+        "cancel_on_disconnect": False,
     }
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -254,3 +254,34 @@ def _stack(dump: str) -> list[str]:
 
 def _indented(lines: list[str]) -> list[str]:
     return [f"  {printable(line.expandtabs(4), _LINE)}" for line in lines]
+
+
+def drain(client: Client, timeout: float | None, say: Callable[[str], None]) -> None:
+    """Have the supervisor finish what it has, within `timeout` seconds (None: however long that takes), and
+    end; returns when it is gone. `say` is told what is left, whenever that has changed. Raises AcommError.
+    """
+    begun: dict[str, Any] = client.call("acomm.drain", timeout)
+    pid, told = begun["pid"], ""
+    gone = threading.Event()
+    while True:
+        try:
+            figures = client.stats()
+        except ConnectionLost:
+            return
+        if figures["pid"] != pid:
+            return  # another has taken its place
+        left = _left(figures)
+        if left != told:
+            say(f"acomm: {left}")
+            told = left
+        gone.wait(_LOOK)
+
+
+def _left(figures: dict[str, Any]) -> str:
+    parts = {
+        "queued": figures["queued"],
+        "running": figures["assigned"],
+        "passed on": figures["forwarded"],
+        "answers to deliver": figures["hooks"]["pending"],
+    }
+    return "left: " + (", ".join(f"{count} {what}" for what, count in parts.items() if count) or "nothing")

@@ -7,7 +7,7 @@ arrays, not maps, as thousands of them may ride in one message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -66,6 +66,10 @@ class Failure(msgspec.Struct, array_like=True):
         return from_wire(self.message, {"code": self.code, "type": self.type, "traceback": self.traceback})
 
 
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""How long a call ran. An infinite one would spoil what is predicted of its task for ever."""
+
+
 class Answer(msgspec.Struct, array_like=True):
     """What a worker says of a call: its result as JSON or its failure, and the seconds it ran.
 
@@ -73,7 +77,7 @@ class Answer(msgspec.Struct, array_like=True):
     """
 
     number: int
-    seconds: float
+    seconds: Seconds
     result: bytes | None
     failure: Failure | None = None
     stream: str | None = None
@@ -91,10 +95,11 @@ class Call(msgspec.Struct, eq=False, weakref=True):
 
     `timeout` is per attempt, `deadline` for everything, on the monotonic clock. `tag` belongs to who
     submitted it. The numbers of a call's attempts differ, so a late answer matches nothing. `stream_url`
-    and `origin` are for the Job. Workers hold at most `concurrency` calls of its task at a time (None:
-    any number). `rank` is what it is queued by instead of its number, once it was put back in front.
-    `streaming` is the URL of the call's own stream once it has one; `abandoned` is set when that has lost its
-    consumer, and when the call is to be cancelled while it runs.
+    and `origin` are for the Job; `stream_format` is that of its own stream. Workers hold at most
+    `concurrency` calls of its task at a time (None: any number). `rank` is what it is queued by instead of
+    its number, once it was put back in front. `streaming` is the URL of the call's own stream once it has
+    one; `abandoned` is set when that has lost its consumer, and when the call is to be cancelled while it
+    runs.
 
     Of calls that overlap (those of coroutine tasks) a worker runs many at a time. They have a `concurrency`:
     `lanes.UNLIMITED` at least. None is isolated or has a `max_memory`. `sent` is when a worker got one.
@@ -118,6 +123,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     crashes: int = 0
     backoff: Any = None  # attempt -> seconds
     stream_url: str | None = None
+    stream_format: str | None = None
     origin: Origin | None = None
     concurrency: int | None = None
     overlaps: bool = False

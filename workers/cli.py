@@ -468,6 +468,28 @@ def purge(
 
 
 @cli.command()
+@_reaching
+@_reporting
+def reload(url: str | None, token_file: str | None) -> None:
+    """Serve new code without losing a call: load the task modules again and replace the workers."""
+    with _connect(url, token_file) as client:
+        found = client.call("acomm.reload")
+    click.echo(f"acomm: reloaded {_count(len(found['tasks']), 'task')}")
+
+
+@cli.command()
+@_reaching
+@click.option("--timeout", type=float, metavar="SECONDS", help="Wait no longer for what is not done.")
+@_reporting
+def drain(url: str | None, token_file: str | None, timeout: float | None) -> None:
+    """Have the supervisor take no more, finish all that it has accepted, and exit; wait until it is gone."""
+    if timeout is not None and not 0 <= timeout < float("inf"):
+        raise click.UsageError("--timeout must be a number of seconds, 0 or more")
+    with _connect(url, token_file) as client:
+        calling.drain(client, timeout, lambda line: click.echo(line, err=True))
+
+
+@cli.command()
 @click.option("-w", "--workers", type=int, help="Worker processes.  [default: the CPUs that may be used]")
 @click.option("--quick", is_flag=True, help="Leave out the standard library's tests: a third of the work.")
 @_reporting

@@ -107,13 +107,15 @@ class Plea(NamedTuple):
 
 
 class _Worker:
-    __slots__ = ("asked", "calls", "doomed", "heard", "id", "idle", "left", "load", "overlaps", "retiring")
+    __slots__ = ("asked", "calls", "doomed", "heard", "id", "idle", "last", "left", "load", "overlaps",
+                 "retiring")  # fmt: skip
 
     def __init__(self, id: int, now: float, left: int) -> None:
         self.id = id
         self.left = left  # calls that it may yet be given; below 0: any number
         self.calls: dict[int, Call] = {}
         self.load = 0.0
+        self.last = False  # what it holds is the last that it gets, even if it gives some of it back
         self.idle = _FRESH  # what its load counts for while it holds nothing
         self.heard = now
         self.overlaps = False  # of which kind its calls are, if it has any
@@ -281,6 +283,20 @@ class Dispatcher:
             self._workers[id].retiring = True
             self._places.lose(id)
 
+    def wind_up(self, ids: Collection[int]) -> int | None:
+        """Let one of these workers finish what it holds, and then be `spent`: the one that holds least. None:
+        all of them end anyway.
+        """
+        able = [worker for id in ids if (worker := self._workers.get(id)) and not worker.retiring]
+        if not able:
+            return None
+        worker = min(able, key=lambda worker: (len(worker.calls), worker.load, worker.id))
+        worker.last = True
+        worker.left = 0
+        self._places.lose(worker.id)
+        self._look_spent(worker)
+        return worker.id
+
     def dismiss(self, most: int) -> list[int]:
         """Give nothing more to workers that hold nothing, `most` of them; which ones."""
         idle = [worker for worker in self._workers.values() if not worker.calls and not worker.retiring]
@@ -414,7 +430,9 @@ class Dispatcher:
         if failure is not None and failure.code == RETURNED and not asked:
             # It was behind one that lasts, and so would be whatever else its worker got.
             worker.load = (worker.load - call.cost if call.overlaps else self.window) if worker.calls else 0.0
-            if worker.left >= 0:
+            if worker.last:
+                self._look_spent(worker)
+            elif worker.left >= 0:
                 worker.left += 1
             if not call.settled:
                 self._renumber(call)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +32,7 @@ from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream
 from acomm.tracker import Tracker
 from workers import httpreplies as replies
+from workers.callers import Callers
 from workers.config import HTTP_CONNECTIONS, Config
 from workers.errors import (
     AcommError,
@@ -70,6 +71,7 @@ class Service(Protocol):
     config: Config
     registry: Registry
     tracker: Tracker
+    callers: Callers
 
     def offer(
         self,
@@ -82,6 +84,9 @@ class Service(Protocol):
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
+
+    def caller_left(self, caller: Hashable) -> None:
+        """Cancel the calls that nobody waits for any more."""
 
     def unready(self) -> str | None:
         """Why no work is taken now; None if it is."""
@@ -123,7 +128,7 @@ class Door:
         self._server: web.Server | None = None
         self._listening: asyncio.Server | None = None
         self._reading = {True: 0, False: 0}  # bytes, by whether their sender is trusted
-        self._document: bytes | None = None
+        self._document: tuple[Registry, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Door {self.url}, {self.connections} connections>"
@@ -246,7 +251,9 @@ class Door:
         return replies.answer(request, ack)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
-        """A call whose caller waits here. One who leaves does not stop it: it may have been meant so."""
+        """A call whose caller waits here. One who leaves stops it only if the task says so: it may have been
+        meant.
+        """
         data = await self._json_body(request, trusted, may_be_empty=True)
         args = jsontext.raw_value(data, "the arguments") if data else None
         call = Request(task, args, **_options(request))
@@ -259,14 +266,22 @@ class Door:
             elif response.stream_url is not None:
                 decline(response.stream_url)  # the caller has left, and a worker would wait for nobody
 
-        refusal, _ = await self._offer(call, trusted, resolve)
-        if refusal is not None:
-            return replies.refusal(refusal)
+        def gone() -> None:
+            if task in self._service.registry.end_with_callers:
+                self._service.callers.add(call.id, call.id)
+                self._service.caller_left(call.id)
+
         try:
+            refusal, _ = await self._offer(call, trusted, resolve, gone)
+            if refusal is not None:
+                return replies.refusal(refusal)
             response = await answer
         except asyncio.CancelledError:
-            if not answer.cancelled():
+            if not answer.done():
+                answer.cancel()
+            elif not answer.cancelled():
                 resolve(answer.result())
+            gone()
             raise
         if response.error is not None:
             return replies.refusal(response.error)
@@ -276,15 +291,23 @@ class Door:
         return replies.answer(request, body)
 
     async def _offer(
-        self, request: Request, trusted: bool, resolve: Callable[[Response], None] | None = None
+        self,
+        request: Request,
+        trusted: bool,
+        resolve: Callable[[Response], None] | None = None,
+        gone: Callable[[], None] | None = None,
     ) -> tuple[AcommError | None, Accepted | None]:
-        """Why the supervisor does not take a request, None if it has; and where that stands."""
+        """Why the supervisor does not take a request, None if it has; and where that stands. `gone` is called
+        if it does when its sender has left.
+        """
         loop = asyncio.get_running_loop()
         decision: asyncio.Future[tuple[AcommError | None, Accepted | None]] = loop.create_future()
 
         def decided(refusal: AcommError | None, accepted: Accepted | None = None, /) -> None:
-            if not decision.done():  # the peer may have left meanwhile
+            if not decision.done():
                 decision.set_result((refusal, accepted))
+            elif refusal is None and gone is not None:
+                gone()  # the peer has left meanwhile
 
         self._service.offer(request, Origin.http(trusted=trusted), decided, resolve)
         return await decision
@@ -322,11 +345,11 @@ class Door:
         return web.Response(status=503, body=f"{reason}\n".encode(), headers=replies.TEXT)
 
     async def _openapi(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
-        if self._document is None:
-            self._document = msgspec.json.encode(
-                describe(self._service.registry.schemas(), token=self._token is not None)
-            )
-        return web.Response(body=self._document, headers=replies.JSON)
+        registry = self._service.registry
+        if self._document is None or self._document[0] is not registry:
+            text = msgspec.json.encode(describe(registry.schemas(), token=self._token is not None))
+            self._document = registry, text
+        return web.Response(body=self._document[1], headers=replies.JSON)
 
     # -- bodies -------------------------------------------------------------------------------------
 

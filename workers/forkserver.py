@@ -51,6 +51,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from types import TracebackType
@@ -252,6 +253,27 @@ class ForkServer:
             return False
         self._send(template.COMMAND.pack(template.END, pid, 0, 0) + template.GRACES.pack(*graces), [])
         return True
+
+    def clean(self, paths: Sequence[str]) -> None:
+        """From now on these are what the template removes at its end."""
+        if self._state == "running":
+            data = b"\0".join(os.fsencode(os.path.abspath(path)) for path in paths)
+            self._send(template.COMMAND.pack(template.CLEAN, 0, 0, 0) + data, [])
+
+    def dismiss(self) -> None:
+        """Have the template exit, and the kernel kill its workers; returns at once, `Gone` follows. Even one
+        that still imports, unless C code keeps it: `kill_template`.
+        """
+        if self._state == "running":
+            self._drop_outbox()
+            self._lifeline.close()
+            with suppress(OSError):  # it is dead already
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def kill_template(self) -> None:
+        """Kill the template; `Gone` follows."""
+        if self._state == "running":
+            self._process.kill()
 
     def fileno(self) -> int:
         """One descriptor that polls readable when `events` has something to do."""

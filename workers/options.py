@@ -19,6 +19,7 @@ class Options(NamedTuple):
     key: tuple[str, ...] | None
     isolated: bool
     max_memory: int | None
+    cancel_on_disconnect: bool
 
 
 def checked(task: str, given: dict[str, Any], *, streams: bool) -> Options:
@@ -53,8 +54,10 @@ def _check(options: Options) -> None:
         raise ValueError(
             f"max_memory must be bytes, a whole number of {LEAST_MEMORY} or more, not {options.max_memory!r}"
         )
-    if not isinstance(options.isolated, bool):
-        raise ValueError(f"isolated must be True or False, not {options.isolated!r}")
+    for name in ("isolated", "cancel_on_disconnect"):
+        flag = getattr(options, name)
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, not {flag!r}")
 
 
 def _check_stream(options: Options) -> None:

@@ -36,10 +36,10 @@ from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost, printable
 from workers.exchange import Exchange
 from workers.memory import Gauges
-from workers.processes import Processes, Worker
+from workers.processes import OnTrial, Processes, Worker
 from workers.receipts import worker_lost
 from workers.scaling import Load, Scaler
-from workers.scoreboard import Scoreboard, Slot
+from workers.scoreboard import Slot
 from workers.workerloop import Settings
 
 _LAST_WORDS = 0.5
@@ -162,8 +162,9 @@ class Pool:
         self._processes = Processes(
             workers,
             wanted=self.least,
-            preload=[target.partition(":")[0], *self.modules],
+            modules=self.modules,
             paths=self.paths,
+            places=coroutines,
             target=target,
             settings=self._settings,
             fds=self._fds,
@@ -196,8 +197,6 @@ class Pool:
             _check_descriptors()
             self._folder = _private_folder()
             made.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._scoreboard = Scoreboard.create(self.size, self.coroutines)
-            made.callback(self._scoreboard.close)
             self._context = zmq.Context(io_threads=1)
             self._router = self._context.socket(zmq.ROUTER)
             made.callback(self._close_socket)  # both at once: a context waits for its sockets, for ever
@@ -210,7 +209,7 @@ class Pool:
             self._poller = select.epoll()
             made.callback(self._poller.close)
             self._poller.register(self._router.FD, select.EPOLLIN)
-            self._processes.start(self._scoreboard, [self._folder])
+            self._processes.start([self._folder])
             made.callback(self._gauges.close)
             made.callback(self._processes.close)
             self._poller.register(self._processes.fileno(), select.EPOLLIN)
@@ -238,6 +237,22 @@ class Pool:
                 self._send(worker, STOP)
             else:
                 self._kill(worker)
+
+    def renew(self, modules: Sequence[str], paths: Sequence[str], told: OnTrial) -> None:
+        """Load `modules` as they are now, for workers that take the places of those that there are. `told` is
+        told when a first one is ready, which `accept` or `reject` must follow, or why there is none.
+        """
+        self._processes.renew(modules, paths, told, time.monotonic())
+
+    def accept(self) -> bool:
+        """Go on with the new workers: for each, an old one ends when it has finished what it holds. False if
+        there are none any more.
+        """
+        return self._processes.accept(time.monotonic())
+
+    def reject(self) -> None:
+        """Go on with the old workers."""
+        self._processes.reject(time.monotonic())
 
     @property
     def failure(self) -> str | None:
@@ -459,7 +474,11 @@ class Pool:
         if self._stopping:
             self._send(worker, STOP)
         else:
-            self.dispatcher.worker_ready(worker.token, time.monotonic())
+            now = time.monotonic()
+            self.dispatcher.worker_ready(worker.token, now)
+            outdated = {old.token: old for old in self._processes.outdated()}
+            if outdated and (token := self.dispatcher.wind_up(outdated)) is not None:
+                self._processes.succeed(outdated[token], now)
 
     def _send_to(self, token: int, message: bytes) -> None:
         worker = self._processes.get(token)
@@ -520,8 +539,8 @@ class Pool:
             slot=worker.slot,
             slots=self.size,
             places=self.coroutines,
-            modules=self.modules,
-            paths=self.paths,
+            modules=worker.generation.modules,
+            paths=worker.generation.paths,
             max_result=self.max_result,
             place=self.place,
             allow_hook=self.allow_hook,
@@ -591,7 +610,10 @@ class Pool:
 
     def _running_of(self, number: int) -> Running:
         slot = self._slot_of(number)
-        return Running(0, 0.0) if slot is None else Running(slot.call, slot.started)
+        if slot is None:
+            return Running(0, 0.0)
+        # Whatever a worker writes there, no limit is so far away that no timer can be set for it.
+        return Running(slot.call, min(slot.started, time.monotonic()))
 
     def _carry_out(self, doom: Doom | Plea) -> None:
         worker = self._processes.get(doom.worker)

@@ -70,6 +70,25 @@ class Provider:
             check_folder(os.path.dirname(listener.addr), self.folder_mode)
             await listener.start()
 
+    async def follow(self, other: Provider) -> list[str]:
+        """Have the sockets that `other`, which is not started, would have; the paths of those that are new.
+        Raises as `start` does, and then has what it had.
+        """
+        new = {task: other.listeners[task] for task in other.listeners.keys() - self.listeners.keys()}
+        try:
+            for listener in new.values():
+                check_folder(os.path.dirname(listener.addr), self.folder_mode)
+                await listener.start()
+        except BaseException:
+            for listener in new.values():
+                await listener.stop(0)
+            raise
+        gone = [self.listeners.pop(task) for task in self.listeners.keys() - other.listeners.keys()]
+        self.listeners |= new
+        for listener in gone:
+            await listener.stop(0)
+        return [listener.addr for listener in new.values()]
+
     def hide(self) -> None:
         """Remove the sockets' files, so that coordinators go to others; who has connected is served."""
         for listener in self.listeners.values():

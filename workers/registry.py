@@ -45,6 +45,7 @@ _OPTIONS = (
     "key",
     "isolated",
     "max_memory",
+    "cancel_on_disconnect",
 )
 """What `@task` takes, and a Task keeps as attributes."""
 
@@ -114,6 +115,7 @@ class Task(Generic[P, R]):
         key: str | Sequence[str] | None = None,
         isolated: bool = False,
         max_memory: int | None = None,
+        cancel_on_disconnect: bool = False,
     ) -> None:
         _check_function(function)
         # First, as it copies the function's own attributes, which must not replace ours.
@@ -132,6 +134,7 @@ class Task(Generic[P, R]):
             "key": key,
             "isolated": isolated,
             "max_memory": max_memory,
+            "cancel_on_disconnect": cancel_on_disconnect,
         }
         run = checked(self.name, given, streams=self.streams)
         self.timeout = run.timeout
@@ -142,6 +145,7 @@ class Task(Generic[P, R]):
         self.key = run.key
         self.isolated = run.isolated
         self.max_memory = run.max_memory
+        self.cancel_on_disconnect = run.cancel_on_disconnect
         # Not with others in its process: those options are for all that runs there.
         self.overlaps = self.is_coroutine and not self.isolated and self.max_memory is None
         self._call_key: CallKey | None = None
@@ -285,6 +289,7 @@ class Task(Generic[P, R]):
             "key": self.key,
             "isolated": self.isolated,
             "max_memory": self.max_memory,
+            "cancel_on_disconnect": self.cancel_on_disconnect,
         }
 
 
@@ -304,6 +309,7 @@ def task(
     key: str | Sequence[str] | None = None,
     isolated: bool = False,
     max_memory: int | None = None,
+    cancel_on_disconnect: bool = False,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -314,7 +320,8 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
     worker starts it; after `soft_timeout` seconds SoftTimeout is raised in it; of waiting calls those of
     higher `priority` run first; `retry` says when to try again; at most `concurrency` of its calls run at a
     time; calls whose arguments for the parameters named by `key` are equal share one run; each call of an
-    `isolated` one has a process of its own; a call that takes more than `max_memory` bytes has a MemoryError.
+    `isolated` one has a process of its own; a call that takes more than `max_memory` bytes has a MemoryError;
+    one with `cancel_on_disconnect` is cancelled when the connection goes away that its caller waits at.
 
     A generator function, plain or asynchronous, streams what it yields to its caller: bytes as they
     are, anything else as a line of JSON. Raises ValueError for a bad value, TypeError for what cannot be a
@@ -344,7 +351,8 @@ class Registry(Mapping[str, Task[..., Any]]):
     """The tasks that are served, by name, in the order of their names.
 
     `modules` are the import names that they came from and `paths` the folders that must be on
-    `sys.path`, the first foremost, for another process to import the same.
+    `sys.path`, the first foremost, for another process to import the same. `end_with_callers` are the
+    names of those with `cancel_on_disconnect`.
     Raises ConfigError for two tasks of one name and for hints that cannot be served.
     """
 
@@ -360,6 +368,7 @@ class Registry(Mapping[str, Task[..., Any]]):
                 raise ConfigError(f"two tasks are named {item.name}: {other.location} and {item.location}")
             _ = item.parameters
         self._tasks = dict(sorted(found.items()))
+        self.end_with_callers = frozenset(name for name, item in found.items() if item.cancel_on_disconnect)
 
     @classmethod
     def from_modules(cls, names: Iterable[str], paths: Iterable[str] = ()) -> Registry:

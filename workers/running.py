@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from acomm import within
 from workers.calls import Job
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Context(msgspec.Struct, eq=False, gc=False):
     _policy: Policy
     cancelled: bool = False
     _input: StreamFile | None = None
+    _answered: bool = False
 
     def __repr__(self) -> str:
         return f"<Context of {self._job.task}, request {self.request_id!r}, attempt {self.attempt}>"
@@ -57,6 +58,11 @@ class Context(msgspec.Struct, eq=False, gc=False):
         streams, the time until its stream begins.
         """
         return self._job.deadline
+
+    @property
+    def answer_due(self) -> float | None:
+        """The deadline for calls that the task submits: none once its stream has begun, the answer."""
+        return None if self._answered else self._job.deadline
 
     @property
     def stream(self) -> StreamFile:
@@ -95,13 +101,18 @@ def leave(context: Context) -> None:
         context._input.close()
 
 
-_current: ContextVar[Context | None] = ContextVar("workers_call", default=None)
-enter = _current.set
+def answered(context: Context) -> None:
+    """The caller has the answer, a stream, and the request's time limit is met."""
+    context._answered = True
+
+
+enter = within.current.set
+"""Say what runs from now on. Its time left is that of the calls which it submits, too."""
 
 
 def context() -> Context:
     """The context of the running call. Raises RuntimeError outside a task in a worker."""
-    current = _current.get()
-    if current is None:
+    current = within.current.get()
+    if not isinstance(current, Context):
         raise RuntimeError("context() is for code that runs as a task in a worker")
     return current

@@ -23,6 +23,7 @@ of two notes that follow each other some bytes of both may be seen: a note is fo
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 from typing import Any, NamedTuple
@@ -148,9 +149,9 @@ class Scoreboard:
             call = integers[base + _CALL]
             found = Slot(
                 call,
-                numbers[base + _STARTED],
-                numbers[base + _DONE],
-                numbers[base + _TOTAL],
+                _finite(numbers[base + _STARTED]),
+                _finite(numbers[base + _DONE]),
+                _finite(numbers[base + _TOTAL]),
                 self._note(base * 8),
             )
             if integers[base + _CALL] == call:
@@ -219,6 +220,11 @@ class Scoreboard:
         if not 0 <= place < self.places:
             raise IndexError(f"place {place} of {self.places}")
         return (slot * self.places + place) * _WORDS
+
+
+def _finite(value: float) -> float:
+    """NaN and infinities as 0: JSON has none to tell callers, and no timer can be set by one."""
+    return value if math.isfinite(value) else 0.0
 
 
 def _size(slots: int) -> int:

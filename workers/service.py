@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -19,15 +20,19 @@ log = logging.getLogger("acomm.supervisor")
 
 
 class Service(Protocol):
-    """What is run: started, drained, stopped. `unfinished` counts what a stop waits for; `failed` is set when
-    it cannot go on, for the reason that `failure` tells.
+    """What is run: started, reloaded, drained, stopped. `unfinished` counts what a stop waits for; `leaving`
+    is set when somebody has asked it to end once it has `finished`; `failed` is set when it cannot go on, for
+    the reason that `failure` tells.
     """
 
+    leaving: asyncio.Event
     failed: asyncio.Event
     failure: str | None
 
     @property
     def unfinished(self) -> int: ...
+    async def reload(self) -> object: ...
+    async def finished(self) -> bool: ...
     async def start(self) -> None: ...
     def begin_draining(self) -> None: ...
     async def stop(self, drain_timeout: float | None = None) -> None: ...
@@ -51,6 +56,8 @@ async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> 
     stop, now = asyncio.Event(), asyncio.Event()
     _listen_for_the_end(stop, now, until_eof)
     loop = asyncio.get_running_loop()
+    reloads: set[asyncio.Task[None]] = set()
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # before it serves there is nothing to reload
     starting = loop.create_task(service.start())
     if not await _first(starting, stop.wait()):
         return
@@ -60,7 +67,8 @@ async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> 
         gc.freeze()
         ready()
         notify("READY=1")
-        if await _first(loop.create_task(_failure(service)), stop.wait()):
+        loop.add_signal_handler(signal.SIGHUP, _reload, service, reloads)
+        if await _first(loop.create_task(_failure(service)), _either(stop, service.leaving)):
             raise AcommError(service.failure or "failed")
     except BaseException:
         await service.stop(0)
@@ -68,10 +76,27 @@ async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> 
     service.begin_draining()  # before anybody is told
     notify("STOPPING=1")
     log.info("stopping: %d calls to finish", service.unfinished)
-    stopping = loop.create_task(service.stop())
+    patience: float | None = None
+    if not stop.is_set():
+        finishing = loop.create_task(service.finished())
+        if await _first(finishing, stop.wait()) and not finishing.result():
+            patience = 0.0
+    stopping = loop.create_task(service.stop(patience))
     if not await _first(stopping, now.wait()):
         log.warning("stopped at once, by a second signal: %d calls unfinished", service.unfinished)
         await service.stop(0)
+
+
+def _reload(service: Service, under_way: set[asyncio.Task[None]]) -> None:
+    """SIGHUP: nobody waits for the outcome, which the log tells."""
+
+    async def reload() -> None:
+        with contextlib.suppress(AcommError):
+            await service.reload()
+
+    task = asyncio.get_running_loop().create_task(reload())
+    under_way.add(task)
+    task.add_done_callback(under_way.discard)
 
 
 def _listen_for_the_end(stop: asyncio.Event, now: asyncio.Event, until_eof: bool) -> None:
@@ -99,7 +124,16 @@ async def _failure(service: Service) -> None:
     await service.failed.wait()
 
 
-async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any]) -> bool:
+async def _either(*events: asyncio.Event) -> None:
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
+
+
+async def _first(work: asyncio.Task[Any], interruption: Coroutine[Any, Any, Any]) -> bool:
     """Wait for `work` unless `interruption` is first; whether it ended. Raises what `work` raises."""
     waiting = asyncio.ensure_future(interruption)
     await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -112,12 +146,19 @@ async def _first(work: asyncio.Task[None], interruption: Coroutine[Any, Any, Any
     return True
 
 
+def notify_reloading() -> None:
+    """Tell the service manager that a reload begins; `READY=1` follows when it has ended."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
 def notify(state: str) -> None:
-    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`."""
+    """Tell the service manager, as sd_notify(3) has it: a datagram to `$NOTIFY_SOCKET`. One that does not
+    read is not waited for.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         try:
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.send(state.encode())

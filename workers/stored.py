@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -60,6 +60,9 @@ class StoredRequests:
 
     def __contains__(self, id: str) -> bool:
         return id in self._seqs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seqs)
 
     def __len__(self) -> int:
         return len(self._seqs)

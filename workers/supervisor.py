@@ -24,7 +24,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -35,10 +35,11 @@ from acomm.egress import Policy
 from acomm.errors import AcommError
 from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
-from acomm.tracker import Tracker
+from acomm.tracker import HANDLER_WAIT, Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service
 from workers.admission import Account, Admission
+from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
 from workers.ending import Graces
@@ -61,6 +62,7 @@ from workers.lanes import UNLIMITED
 from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.recent import Recent, digest
 from workers.registry import Registry, Task
+from workers.reloading import Reloader
 from workers.stored import Left, Recovery, StoredRequests
 from workers.unixdoor import Decided, UnixDoor
 from workers.verbs import Verbs
@@ -148,10 +150,12 @@ class Supervisor:
         self.admission = Admission(self.config.max_queued, self.config.max_queued_bytes, self.config.share)
         self._forecast = Forecast()
         self.stored: StoredRequests | None = None
+        self._left = False
         self._recovery: Recovery | None = None
         self._recovering: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
         self.failure: str | None = None
+        self.callers = Callers()
         self.unix = UnixDoor(self)
         self.draining = False
         self.door = self._make_door()
@@ -170,6 +174,10 @@ class Supervisor:
         self._idle: asyncio.Event | None = None
         self._released = False
         self._started_at = time.monotonic()
+        self._reloader = Reloader(self.pool, self.config.modules, self._follow)
+        self.leaving = asyncio.Event()
+        self._patience: float | None = None
+        self.ends_itself = False  # set by who runs it until it is `leaving`
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.config.socket}, {self.pool!r}>"
@@ -315,12 +323,13 @@ class Supervisor:
         if self._recovering is not None:
             self._recovering.cancel()
             await asyncio.wait({self._recovering})
-        for table in (self._calls, self._forwarded):
-            for id in [id for id in table if id in self.stored]:
-                self.tracker.remove_request(id)
-                self.stored.leave(id)
-                self._calls.pop(id, None)
-                self._forwarded.discard(id)
+        self._left = True
+        # Those whose answer waits for its commit, too: it is for the next one to tell.
+        for id in [id for id in self.stored if self.tracker.tracked(id) is not None]:
+            self.tracker.remove_request(id)
+            self.stored.leave(id)
+            self._calls.pop(id, None)
+            self._forwarded.discard(id)
         if self._recovery is not None and (rows := self._recovery.left()):
             journal = self.stored.journal
             if journal.broken is None:
@@ -330,6 +339,63 @@ class Supervisor:
     def begin_draining(self) -> None:
         self.draining = True
         self.unix.begin_draining()
+
+    # -- operation ----------------------------------------------------------------------------------
+
+    async def reload(self) -> dict[str, Any]:
+        """Serve new code: load the task modules again, and replace the workers one after the other, while
+        calls go on. Raises AcommError when the new code cannot be used, and serves the old; the log tells.
+        """
+        service.notify_reloading()
+        try:
+            if self.draining:
+                raise ShuttingDown("the supervisor is stopping")
+            await self._reloader.reload(self.registry)
+        except Exception as error:
+            if not isinstance(error, AcommError):
+                log.exception("the reload failed; the old code is served")
+                error = AcommError(_INTERNAL)
+            else:
+                log.error("the reload failed; the old code is served: %s", printable(error, 2000))
+            raise error from None
+        finally:
+            service.notify("READY=1")
+        log.info("reloaded: %d tasks", len(self.registry))
+        return {"tasks": list(self.registry), "reloads": self._reloader.reloads}
+
+    async def _follow(self, registry: Registry) -> None:
+        await self.unix.follow(registry)
+        self.registry = registry
+
+    def drain(self, timeout: float | None) -> dict[str, Any]:
+        """Take no more requests, and end when all that was accepted is done and told, or after `timeout`
+        seconds (None: however long that takes). What is left now.
+        """
+        if not self.ends_itself:
+            raise BadRequest("this supervisor is part of a program, which has to end it")
+        self._patience = timeout
+        self.begin_draining()
+        self.leaving.set()
+        return {"pid": os.getpid(), "unfinished": self.unfinished}
+
+    async def finished(self) -> bool:
+        """Wait until all that was accepted is done and its hooks know; False if the patience of who has asked
+        for that is at its end.
+        """
+        assert self._idle is not None
+        try:
+            async with asyncio.timeout(self._patience):
+                while self.unfinished or self._errands:
+                    if self._errands:
+                        await asyncio.wait(self._errands)
+                    self._idle.clear()
+                    self._look_idle()
+                    await self._idle.wait()
+                await self.tracker.finish(HANDLER_WAIT)
+                await self.tracker.delivery.drained()
+        except TimeoutError:
+            return False
+        return True
 
     async def _stop_workers(self) -> None:
         """Let the workers exit by themselves; those that still run something are killed with the pool."""
@@ -369,6 +435,7 @@ class Supervisor:
         when requests are taken. `until_eof` stops likewise when standard input ends, as it does when the
         program at its other end dies.
         """
+        self.ends_itself = True
         service.run(self, (lambda: ready(self)) if ready is not None else lambda: None, until_eof=until_eof)
 
     # -- requests -----------------------------------------------------------------------------------
@@ -533,7 +600,8 @@ class Supervisor:
         def done(outcome: Row | AcommError | None) -> None:
             if outcome is None:
                 decided(None, self._standing(examined))
-                self._begin_stored(examined)
+                if not self._left:
+                    self._begin_stored(examined)
                 return
             self.admission.release(examined.account, examined.size)
             refusal: AcommError | None = None
@@ -727,10 +795,13 @@ class Supervisor:
 
     def _end(self, id: str, response: Response) -> None:
         call = self._calls.pop(id, None)
-        if call is not None:
-            if id not in self._streams:  # else it has only begun
-                self._count_out(call)
-            self._answer(response)
+        if call is None:
+            return
+        if id not in self._streams:  # else it has only begun
+            self._count_out(call)
+        if self.callers.waiting:
+            self.callers.ended(id)
+        self._answer(response)
 
     def _count_out(self, call: Call) -> None:
         """A call has ended, and there is room for another."""
@@ -743,6 +814,8 @@ class Supervisor:
             self._told(response)
 
     def _told(self, response: Response) -> None:
+        if self._left and self.stored is not None and self.tracker.tracked(response.id) is None:
+            return
         try:
             self._finished(response)
             self.tracker.settle(response)
@@ -774,7 +847,7 @@ class Supervisor:
         if request.id not in self._calls:
             return
         self._streams[request.id] = call
-        format = self.registry[call.task].stream_format
+        format = call.stream_format
         response = Response.to(request, stream_url=url, stream_format=format)
         self._end(request.id, response)
 
@@ -822,7 +895,9 @@ class Supervisor:
         if resolve is not None:
             resolve(response)
         if request.response_hook is not None:
-            self.tracker.delivery.post(request.response_hook, response, request.wire, origin=origin)
+            self.tracker.delivery.post(
+                request.response_hook, response, request.wire, extended=request.extended, origin=origin
+            )
 
     def under_way(self, id: str) -> Call | None:
         """The call of a request that has not ended."""
@@ -834,6 +909,14 @@ class Supervisor:
         if outcome is not None:
             self._ended(outcome)
         self._set_timer()
+
+    def caller_left(self, caller: Hashable) -> None:
+        """Cancel the calls that ended with `caller`, as nobody else waits for them."""
+        for id in self.callers.left(caller):
+            call = self._calls.get(id)
+            if call is not None:
+                self._counts["deserted"] += 1
+                self.cancel(call)
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is."""
@@ -912,6 +995,7 @@ def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | N
         crashes=retry.crashes if retry else 0,
         backoff=retry.delay if retry else None,
         stream_url=request.stream_url,
+        stream_format=task.stream_format,
         origin=origin if task.streams or request.stream_url is not None else None,
         key=key,
     )

@@ -42,8 +42,10 @@ from workers.oomkills import OomKills
 COMMAND = struct.Struct("=BqiH")
 """Parent to template: kind, token or pid, signal, number of descriptors; the config bytes follow."""
 
-FORK, FORK_MEMFD, KILL, END = range(4)
-"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES."""
+FORK, FORK_MEMFD, KILL, END, CLEAN = range(5)
+"""Kinds of command. FORK_MEMFD has its config in a memfd, which is the first descriptor; END has GRACES,
+CLEAN paths between null bytes.
+"""
 
 GRACES = struct.Struct("=dd")
 
@@ -223,6 +225,8 @@ class Template:
                 self._kill(number, sig)
             elif kind == END:
                 self._end(number, Graces(*GRACES.unpack_from(data, COMMAND.size)))
+            elif kind == CLEAN:
+                self._cleanup = [os.fsdecode(path) for path in data[COMMAND.size :].split(b"\0") if path]
             elif len(fds) != fd_count:
                 self._send(FORK_FAILED, number, text="descriptors were lost on the way: too many open files")
             else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import os
 import resource
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
@@ -17,6 +19,7 @@ from acomm.origin import Origin
 from acomm.room import Room
 from acomm.tracker import Tracker
 from workers import descriptors
+from workers.callers import GRACE, Callers
 from workers.config import HTTP_CONNECTIONS, Config
 from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
 from workers.provider import Provider
@@ -40,12 +43,16 @@ class Service(Protocol):
     config: Config
     registry: Registry
     tracker: Tracker
+    callers: Callers
 
     def offer(self, request: Request, origin: Origin, decided: Decided) -> None:
         """Take a request, or say why not."""
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
+
+    def caller_left(self, caller: Connection) -> None:
+        """Cancel the calls that nobody waits for any more."""
 
 
 class UnixDoor:
@@ -61,6 +68,7 @@ class UnixDoor:
         )
         self.listener = self._listen(self._config.socket)
         self.provider = Provider.of(self._config, service.registry, self._listen)
+        self._graces: dict[Connection, asyncio.TimerHandle] = {}
 
     def _listen(self, path: str, task: str | None = None) -> UnixListener:
         """A listener for requests: for those for `task` alone, if one is named."""
@@ -121,6 +129,14 @@ class UnixDoor:
                     f"cannot give the socket {printable(path)} to group {group}: {error.strerror}"
                 ) from None
 
+    async def follow(self, tasks: Iterable[str]) -> None:
+        """Serve these tasks from now on; those that it had, if it raises AddressInUse or ConfigError."""
+        if self.provider is not None:
+            wanted = Provider.of(self._config, tasks, self._listen)
+            assert wanted is not None
+            for path in await self.provider.follow(wanted):
+                self._give_to_group(path)
+
     def begin_draining(self) -> None:
         """Have coordinators go to others. Our own socket takes connections yet, to refuse their requests."""
         if self.provider is not None:
@@ -128,6 +144,8 @@ class UnixDoor:
 
     async def stop(self) -> None:
         """Close the sockets and all connections."""
+        while self._graces:
+            self._graces.popitem()[1].cancel()
         if self.provider is not None:
             await self.provider.stop()
         await self.listener.stop(0)
@@ -154,6 +172,8 @@ class UnixDoor:
             elif not raw:
                 ack = ok_ack(_quote(request.id), request.wire, request.extended, accepted)
                 conn.acknowledge(ack, grants=request.extended, ticket=ticket)
+                if request.task in self._service.registry.end_with_callers:
+                    self._wait_for_answer(conn, request)
 
         if only is not None and request.task != only:
             refusal = UnknownTask(f"no task but {only} is served at this socket")
@@ -161,6 +181,24 @@ class UnixDoor:
             decided(refusal)
         else:
             self._service.offer(request, origin, decided)
+
+    def _wait_for_answer(self, conn: Connection, request: Request) -> None:
+        """The call goes with its connection, if that is one that stays until the answer."""
+        if not request.extended or request.detached:
+            return
+        self._service.callers.add(request.id, conn)
+        if conn.closed:
+            self._lost(conn)  # while it was decided
+        elif conn.on_lost is None:
+            conn.on_lost = functools.partial(self._lost, conn)
+
+    def _lost(self, conn: Connection) -> None:
+        if conn not in self._graces:
+            self._graces[conn] = asyncio.get_running_loop().call_later(GRACE, self._left, conn)
+
+    def _left(self, conn: Connection) -> None:
+        del self._graces[conn]
+        self._service.caller_left(conn)
 
     def _refuse(
         self, conn: Connection, ticket: int, request: Request, origin: Origin, error: AcommError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol
 
 from acomm.jsontext import parse
@@ -10,7 +10,7 @@ from acomm.messages import Request
 from acomm.origin import Origin
 from workers import failed
 from workers.calls import Call
-from workers.errors import BadArgs, UnknownTask, printable
+from workers.errors import BadArgs, Forbidden, UnknownTask, printable
 from workers.failed import FailedRequests
 from workers.registry import Registry
 
@@ -34,6 +34,12 @@ class Service(failed.Service, Protocol):
     def look(self, call: Call) -> NamedTuple:
         """How far a call is."""
 
+    async def reload(self) -> dict[str, Any]:
+        """Load the tasks anew."""
+
+    def drain(self, timeout: float | None) -> dict[str, Any]:
+        """Take no more, and end when all is done."""
+
 
 class Verbs:
     """The verbs of a supervisor, by their names."""
@@ -41,31 +47,32 @@ class Verbs:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._failed = FailedRequests(service)
-        self._verbs: dict[str, Callable[[Request], Any]] = {
+        self._verbs: dict[str, Callable[[Request, Origin], Any]] = {
             "acomm.tasks": self._tasks,
             "acomm.stats": self._stats,
             "acomm.cancel": self._cancel,
             "acomm.progress": self._progress,
+            "acomm.reload": self._reload,
+            "acomm.drain": self._drain,
         }
 
     def answer(self, request: Request, origin: Origin) -> Any:
-        """The result of a verb, as JSON can tell it, or an awaitable of it. Raises UnknownTask, BadArgs."""
-        later = self._failed.verbs.get(request.task)
-        if later is not None:
-            return later(request, origin)
-        verb = self._verbs.get(request.task)
+        """The result of a verb that `origin` asks for, which JSON can express, or an awaitable of it.
+        Raises UnknownTask, BadArgs, Forbidden.
+        """
+        verb = self._failed.verbs.get(request.task) or self._verbs.get(request.task)
         if verb is None:
             known = ", ".join(sorted([*self._verbs, *self._failed.verbs]))
             raise UnknownTask(f"no task {printable(request.task)}; known: {known}")
-        return verb(request)
+        return verb(request, origin)
 
-    def _tasks(self, request: Request) -> list[dict[str, Any]]:
+    def _tasks(self, request: Request, origin: Origin) -> list[dict[str, Any]]:
         return self._service.registry.schemas()
 
-    def _stats(self, request: Request) -> dict[str, Any]:
+    def _stats(self, request: Request, origin: Origin) -> dict[str, Any]:
         return self._service.stats()
 
-    def _cancel(self, request: Request) -> bool:
+    def _cancel(self, request: Request, origin: Origin) -> bool:
         """Cancel the request whose id is the argument: `["id"]`, `{"id": ...}` or `"id"`."""
         ids = _arguments(request)
         if len(ids) != 1 or not isinstance(ids[0], str):
@@ -75,7 +82,7 @@ class Verbs:
             self._service.cancel(call)
         return call is not None
 
-    def _progress(self, request: Request) -> dict[str, Any]:
+    def _progress(self, request: Request, origin: Origin) -> dict[str, Any]:
         """How far the requests are whose ids are the arguments, in a list or one by one; those that are not
         under way are left out.
         """
@@ -86,6 +93,26 @@ class Verbs:
             raise BadArgs(f"acomm.progress takes a list of ids of requests, {MAX_ASKED} at most")
         calls = {id: self._service.under_way(id) for id in ids}
         return {id: self._service.look(call)._asdict() for id, call in calls.items() if call is not None}
+
+    def _reload(self, request: Request, origin: Origin) -> Awaitable[dict[str, Any]]:
+        """Load the tasks anew; the answer comes when new workers serve, or with the error of the new code."""
+        _only_for_us(request, origin)
+        return self._service.reload()
+
+    def _drain(self, request: Request, origin: Origin) -> dict[str, Any]:
+        """Take no more and end when all is done, or after the argument's seconds, if it is not null."""
+        _only_for_us(request, origin)
+        given = _arguments(request)
+        timeout = given[0] if given else None
+        known = timeout is None or (isinstance(timeout, int | float) and not isinstance(timeout, bool))
+        if len(given) > 1 or not known or (timeout is not None and not 0 <= timeout <= 1e9):
+            raise BadArgs("acomm.drain takes the seconds to wait at most, or nothing")
+        return self._service.drain(timeout)
+
+
+def _only_for_us(request: Request, origin: Origin) -> None:
+    if not origin.local:
+        raise Forbidden(f"{request.task} is for the supervisor's own user and root, over its unix socket")
 
 
 def _arguments(request: Request) -> list[Any]:

@@ -24,7 +24,7 @@ from workers.errors import TooLarge
 from workers.failures import failure_of, own_files
 from workers.forked import Terminated, end_copy
 from workers.registry import Registry, Task, encode_result
-from workers.running import Context, enter, leave
+from workers.running import Context, answered, enter, leave
 from workers.scoreboard import SlotWriter
 from workers.softlimit import limited, limited_coroutine
 from workers.streaming import ConsumerLeft, NoConsumer, Producer
@@ -140,6 +140,7 @@ class Worker(WorkerLoop):
         with Producer(self._place, uid, left, abandoned) as producer:
             self._tell(Answer(job.number, 0.0, None, stream=producer.url))
             producer.accept()
+            answered(context)
             items = runnable.call(*args, **kwargs)
             if runnable.is_async:
                 self._run_coroutine(producer.send_async_items, items)

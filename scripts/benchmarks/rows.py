@@ -23,7 +23,7 @@ import zmq
 from acomm import Request, Tracker
 from acomm.client import Client
 from acomm.urls import unix_path
-from benchmarks import floor, hooks, http, strangers
+from benchmarks import durable, floor, hooks, http, strangers
 from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
@@ -239,5 +239,11 @@ ROWS = {
         Row("strangers", "calls/s by programs that open a connection a message", _strangers, (1, 16, 64)),
         Row("http", "calls/s over HTTP, against web servers that echo by themselves", _http, (1, 16, 64)),
         Row("hooks", "99 good hooks, beside one that takes nothing", _hooks, (64,), seconds=2.0),
+        Row(
+            "durable",
+            "acknowledgements/s of stored requests, against queues that store",
+            durable.contenders,
+            (256,),
+        ),
     )
 }
