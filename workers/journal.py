@@ -63,6 +63,7 @@ class Journal:
         self._undelivered: list[int] = []
         self._errands: list[Callable[[], None]] = []
         self._closing = False
+        self._awake = False
         self._since_checkpoint = 0
         self._thread = threading.Thread(target=self._run, name="acomm-journal", daemon=True)
 
@@ -76,9 +77,8 @@ class Journal:
 
     async def close(self) -> None:
         """Write what is left, and close the file."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._closing = True
+        self._rouse()
         if self._thread.ident is not None:
             await self._loop.run_in_executor(None, self._thread.join)
         if self.broken is None:
@@ -97,28 +97,27 @@ class Journal:
         if self.broken is not None:
             stored(Busy("the journal has failed; the supervisor stops"))
             return
-        with self._wake:
-            self._entries.append((entry, stored))
-            self._wake.notify()
+        self._entries.append((entry, stored))
+        if not self._awake:
+            self._rouse()
 
     def end(self, ending: Ending, stored: Callable[[], None]) -> None:
         """Store an answer; it may be told when `stored` says so."""
-        with self._wake:
-            self._ended.append((ending, stored))
-            self._wake.notify()
+        self._ended.append((ending, stored))
+        if not self._awake:
+            self._rouse()
 
     def delivered(self, seq: int) -> None:
         """A request's answer has arrived: it need not be kept. Written when there is time."""
-        with self._wake:
-            self._delivered.append(seq)
-            if len(self._delivered) >= MAX_BATCH:
-                self._wake.notify()
+        self._delivered.append(seq)
+        if not self._awake and len(self._delivered) >= MAX_BATCH:
+            self._rouse()
 
     def undelivered(self, seq: int) -> None:
         """A request's answer is given up."""
-        with self._wake:
-            self._undelivered.append(seq)
-            self._wake.notify()
+        self._undelivered.append(seq)
+        if not self._awake:
+            self._rouse()
 
     async def ask(self, question: Callable[..., T], *args: Any) -> T:
         """`question(*args)`, a method of the file's, in the thread that has it, behind what is written."""
@@ -141,12 +140,18 @@ class Journal:
                 fault = error
             self._tell(told, value, fault)
 
-        with self._wake:
-            if self._closing:
-                raise RuntimeError("the journal is closed")
-            self._errands.append(errand)
-            self._wake.notify()
+        if self._closing:
+            raise RuntimeError("the journal is closed")
+        self._errands.append(errand)
+        self._rouse()
         return await answer
+
+    def _rouse(self) -> None:
+        """Have the thread look: it sleeps, or is about to. Whoever appends first and then looks whether it is
+        awake is seen by one that says that it sleeps first, and then looks whether there is something.
+        """
+        with self._wake:
+            self._wake.notify()
 
     # -- the thread ---------------------------------------------------------------------------------
 
@@ -160,26 +165,23 @@ class Journal:
 
     def _step(self) -> bool:
         """Write one batch, or see to the house; whether to go on."""
-        with self._wake:
-            if not self._wake.wait_for(self._has_work, IDLE):
-                idle = True
-            else:
-                idle = False
-            entries, self._entries = self._entries[:MAX_BATCH], self._entries[MAX_BATCH:]
-            ended, self._ended = self._ended, []
-            delivered, self._delivered = self._delivered, []
-            undelivered, self._undelivered = self._undelivered, []
-            errands, self._errands = self._errands, []
-            last = self._closing and not self._entries
+        idle = not self._has_work() and not self._sleep()
+        closing = self._closing  # before what there is: nothing comes after it
+        # Others append meanwhile, and to these lists, so they are emptied and not replaced.
+        entries = _take(self._entries, MAX_BATCH)
+        ended = _take(self._ended)
+        delivered, undelivered = _take(self._delivered), _take(self._undelivered)
+        errands = _take(self._errands)
+        last = closing and not self._entries
         batch = Batch()
         batch.entries = [entry for entry, _ in entries]
         batch.ended = [ending for ending, _ in ended]
         batch.delivered, batch.undelivered = delivered, undelivered
         if batch and not self._write(batch, entries, ended):
-            with self._wake:  # what has been promised comes first, next time
-                self._ended[:0] = ended
-                self._delivered[:0] = delivered
-                self._undelivered[:0] = undelivered
+            # What has been promised comes first, next time.
+            self._ended[:0] = ended
+            self._delivered[:0] = delivered
+            self._undelivered[:0] = undelivered
             last = last or self.broken is not None
             if not last:
                 time.sleep(RETRY)
@@ -188,6 +190,14 @@ class Journal:
         if idle or self._since_checkpoint > MAX_LOG:
             self._keep_house(idle)
         return not last and self.broken is None
+
+    def _sleep(self) -> bool:
+        """Wait for something to do; whether there is."""
+        with self._wake:
+            self._awake = False
+            found = self._wake.wait_for(self._has_work, IDLE)
+            self._awake = True
+        return found
 
     def _has_work(self) -> bool:
         return bool(
@@ -258,9 +268,7 @@ class Journal:
     def _break(self, text: str) -> None:
         """The file is not to be trusted: nothing more is written."""
         self.broken = text
-        with self._wake:
-            waiting = [stored for _, stored in self._entries]
-            self._entries = []
+        waiting = [stored for _, stored in _take(self._entries)]
         self._tell(self._refused, waiting, Busy("the journal has failed; the supervisor stops"))
         self._tell(self._failed, text)
 
@@ -269,6 +277,13 @@ class Journal:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop is closed: nobody is there to be told
             log.debug("nobody waits for the journal any more")
+
+
+def _take(waiting: list[T], most: int | None = None) -> list[T]:
+    """What waits, `most` of it; others may append meanwhile."""
+    taken = waiting[:most]
+    del waiting[: len(taken)]
+    return taken
 
 
 def _told(function: Callable[..., None], *args: Any) -> None:

@@ -79,8 +79,12 @@ class StoredRequests:
             "rows": journal.rows,
         }
 
-    def store(self, request: Request, content: bytes, origin: Origin, stored: Stored) -> None:
-        """Store a request of `origin`; `content` is its digest. `stored` is told how it went."""
+    def store(
+        self, request: Request, content: bytes, origin: Origin, stored: Stored, message: bytes | None = None
+    ) -> None:
+        """Store a request of `origin`; `content` is its digest, and `message` what `Request.decode` made it
+        from, if that is all that there is to it. `stored` is told how it went.
+        """
         seq = self.journal.new_seq()
 
         def done(outcome: Row | AcommError | None) -> None:
@@ -94,7 +98,7 @@ class StoredRequests:
             request.id,
             content,
             request.task,
-            request.encode(3, extended=True),
+            request.encode(3, extended=True) if message is None else message,
             request.wire,
             request.extended,
             origin.text,

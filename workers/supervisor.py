@@ -441,10 +441,16 @@ class Supervisor:
     # -- requests -----------------------------------------------------------------------------------
 
     def offer(
-        self, request: Request, origin: Origin, decided: Decided, resolve: Resolve | None = None
+        self,
+        request: Request,
+        origin: Origin,
+        decided: Decided,
+        resolve: Resolve | None = None,
+        message: bytes | None = None,
     ) -> None:
         """Take a request of `origin`: `decided` is told when it was accepted, or why it was refused. What was
-        accepted will be answered, at its hook and by `resolve(response)`.
+        accepted will be answered, at its hook and by `resolve(response)`. `message` is what `Request.decode`
+        alone has made the request from, if it was: it need not be encoded again to be stored.
         """
         accepted = None
         try:
@@ -453,7 +459,7 @@ class Supervisor:
                 self.admission.take(examined.account, examined.size)
                 # Who waits for the answer itself has been promised nothing until it comes.
                 if self.stored is not None and resolve is None:
-                    self._store(self.stored, examined, decided)
+                    self._store(self.stored, examined, decided, message)
                     return
                 accepted = self._standing(examined)
                 self._begin(examined)
@@ -594,7 +600,9 @@ class Supervisor:
 
     # -- what is stored -----------------------------------------------------------------------------
 
-    def _store(self, stored: StoredRequests, examined: Examined, decided: Decided) -> None:
+    def _store(
+        self, stored: StoredRequests, examined: Examined, decided: Decided, message: bytes | None
+    ) -> None:
         """Have a request stored that has been counted, and begun when it is."""
 
         def done(outcome: Row | AcommError | None) -> None:
@@ -616,7 +624,7 @@ class Supervisor:
             self._look_idle()
             decided(refusal)
 
-        stored.store(examined.request, examined.content, examined.origin, done)
+        stored.store(examined.request, examined.content, examined.origin, done, message)
 
     def _begin_stored(self, examined: Examined) -> None:
         """Begin what has been acknowledged: what goes wrong now is its answer."""

@@ -45,7 +45,9 @@ class Service(Protocol):
     tracker: Tracker
     callers: Callers
 
-    def offer(self, request: Request, origin: Origin, decided: Decided) -> None:
+    def offer(
+        self, request: Request, origin: Origin, decided: Decided, *, message: bytes | None = None
+    ) -> None:
         """Take a request, or say why not."""
 
     def refused(self, error: AcommError) -> None:
@@ -180,7 +182,7 @@ class UnixDoor:
             self._service.refused(refusal)
             decided(refusal)
         else:
-            self._service.offer(request, origin, decided)
+            self._service.offer(request, origin, decided, message=None if raw else data)
 
     def _wait_for_answer(self, conn: Connection, request: Request) -> None:
         """The call goes with its connection, if that is one that stays until the answer."""
