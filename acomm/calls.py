@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
 from acomm import jsontext
+from acomm.accepted import Accepted, read_accepted
 from acomm.errors import printable
 from acomm.itemstream import Stream
 from acomm.messages import Response
@@ -63,6 +64,7 @@ class Call(Future[Any]):
         self._decode_item = decode_item
         self._progress: Progress | None = None
         self._stream: Stream | None = None
+        self._ack = b""
         self.sent_stream: str | None = None
 
     @property
@@ -73,6 +75,25 @@ class Call(Future[Any]):
         if self.under_way():
             self._client.watch(self)
         return self._progress
+
+    @property
+    def position(self) -> int | None:
+        """How many requests waited before this one when it was accepted; None before that, and where the
+        service does not tell.
+        """
+        accepted = self._accepted()
+        return None if accepted is None else accepted.position
+
+    @property
+    def expected_wait(self) -> float | None:
+        """After how many seconds the call was expected to begin when it was accepted; None before that, and
+        where it is not known.
+        """
+        accepted = self._accepted()
+        return None if accepted is None else accepted.expected_wait
+
+    def _accepted(self) -> Accepted | None:
+        return read_accepted(self._ack) if self._ack else None  # few ask, so it is read only then
 
     def under_way(self) -> bool:
         """Whether its task may still run: there is no answer yet, or a stream that has not ended."""
@@ -172,6 +193,9 @@ class Call(Future[Any]):
         except BaseException:  # Future itself catches an Exception; this is a SystemExit
             log.exception("a callback of the call %s failed", self.id)
         return True
+
+    def note_accepted(self, ack: bytes) -> None:
+        self._ack = ack
 
     def note_progress(self, progress: Progress) -> None:
         self._progress = progress

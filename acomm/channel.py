@@ -74,10 +74,11 @@ class Outgoing:
     """A message on its way. `delivered(error)` is called once: with None when it was acknowledged, else
     with the acknowledgement's error, or ConnectionLost when none came.
 
-    `expected` is the acknowledgement that we expect, byte for byte, which spares decoding it.
+    `expected` is how the acknowledgement that we expect begins, byte for byte, which spares decoding it;
+    `ack` is the one that came, as it was.
     """
 
-    __slots__ = ("deadline", "delivered", "expected", "extended", "payload", "sends", "wire")
+    __slots__ = ("ack", "deadline", "delivered", "expected", "extended", "payload", "sends", "wire")
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Outgoing:
         self.wire = wire
         self.extended = extended
         self.expected = expected
+        self.ack = b""
         self.sends = 0
         self.deadline = 0.0
 
@@ -471,6 +473,7 @@ class _Exchange:
             return
         if acks:
             granted, refusal = _ack_error(acks[0])
+            self._message.ack = acks[0]
             if self._message.extended:
                 self._channel.owner.learned(self._channel.url, granted)
             self.end(refusal)
@@ -504,12 +507,14 @@ class _Pipeline(FrameProtocol):
         super().__init__(DEFAULT_MAX_FRAME)
         self._channel = channel
         self._waiting: deque[Outgoing] = deque()
+        self._first_message: Outgoing | None = None
         # From the beginning: a peer that turns us away may do so before anything was written.
         self._first: asyncio.Future[tuple[bool, AcommError | None]] = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
 
     def first(self, message: Outgoing) -> asyncio.Future[tuple[bool, AcommError | None]]:
         """Send the first message; the future tells whether the peer grants, and the ack's error."""
+        self._first_message = message
         self.write_message(message.payload)
         return self._first
 
@@ -539,13 +544,19 @@ class _Pipeline(FrameProtocol):
     def message_received(self, message: bytes) -> None:
         if self._waiting:
             outgoing = self._waiting.popleft()
-            error = None if message == outgoing.expected else _ack_error(message)[1]
+            outgoing.ack = message
+            expected = outgoing.expected
+            taken = expected is not None and message.startswith(expected)
+            error = None if taken else _ack_error(message)[1]
             try:  # `settle`, without the call: this runs for each message
                 outgoing.delivered(error)
             except Exception:
                 log.exception("what waited for an acknowledgement failed")
         elif not self._first.done():
             granted, error = _ack_error(message)
+            if self._first_message is not None:
+                self._first_message.ack = message
+                self._first_message = None
             if granted:
                 self._channel.adopt(self)
             self._first.set_result((granted, error))
@@ -673,6 +684,7 @@ class HttpChannel(Channel):
             return ConnectionLost(f"{where} answered status {reply.status} without an acknowledgement")
         if ack.error is None and reply.status >= 300:
             return ConnectionLost(f"{where} answered status {reply.status}")
+        message.ack = body
         return ack.error
 
 

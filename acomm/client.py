@@ -20,6 +20,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -341,9 +342,10 @@ class Client(Submitter):
                 pending.settled()
             return
         if pending.due is None or pending.hurry(pending.due - time.monotonic()):
-            self._ask(pending.request, pending)
+            accepted = None if pending.call is None else pending.call.note_accepted
+            self._ask(pending.request, pending, accepted)
 
-    def _ask(self, request: Request, answer: Answer) -> None:
+    def _ask(self, request: Request, answer: Answer, accepted: Callable[[bytes], None] | None = None) -> None:
         # The original's providers run their task whatever name is asked for, with whatever arguments.
         if request.task.startswith(RESERVED) and unix_path(self.url) is not None:
             ours = self._tracker.channels.granting.get(self.url)
@@ -354,7 +356,7 @@ class Client(Submitter):
                 answer.set_exception(UnknownTask(f"no supervisor of this kind is at {self.url}"))
                 return
         try:
-            self._tracker.post(self.url, request, answer)
+            self._tracker.post(self.url, request, answer, accepted=accepted)
         except AcommError as error:
             answer.set_exception(error)
         except Exception as error:

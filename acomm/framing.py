@@ -64,6 +64,11 @@ class Framer:
         """Bytes of the unfinished message held now."""
         return len(self._buffer)
 
+    @property
+    def needs(self) -> int:
+        """Bytes that the unfinished message will take, as far as is known."""
+        return max(self._wanted, len(self._buffer)) if self._buffer else 0
+
     def receive(self, data: bytes) -> list[bytes]:
         """Take received bytes; return the messages that are whole now."""
         if not data or self._failed:

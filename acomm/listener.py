@@ -27,9 +27,10 @@ from typing import Any, NamedTuple, TypeVar, overload
 import msgspec
 
 from acomm import jsontext, socketpath
-from acomm.errors import AcommError, AddressInUse, BadRequest, ConnectionLost, Forbidden
+from acomm.errors import AcommError, AddressInUse, BadRequest, Busy, ConnectionLost, Forbidden
 from acomm.framing import DEFAULT_MAX_FRAME
-from acomm.messages import Request, Response
+from acomm.messages import Request, Response, salvage
+from acomm.room import PATIENCE, SMALL, Room
 from acomm.transport import Done, FrameProtocol
 from acomm.urls import unix_url
 
@@ -39,9 +40,19 @@ log = logging.getLogger("acomm.listener")
 DEFAULT_FRAME_TIMEOUT = 30.0
 """Seconds for a message to come whole, and for a new connection to begin one."""
 
-_ACCEPTS_AT_ONCE = 64
-"""asyncio accepts as many connections as its `backlog` says before it turns to anything else; the
-kernel's own queue may be longer.
+_ACCEPTS_AT_ONCE = 1
+"""Connections that asyncio accepts before it does anything else. Without descriptors each of these attempts
+would fail, log, and have a timer try as many again, until the loop does nothing else; one attempt a second
+is what a single one comes to. The kernel's own queue may be longer. uvloop takes all, and in want of
+descriptors cuts them off, for which it keeps one.
+"""
+
+_COME_BACK = 1.0
+"""Seconds after which who was turned away may find room."""
+
+_MAX_TURNED_AWAY = 32
+"""Connections beyond the limit that may yet send their message, to be told in its own spelling that there is
+no room. More are told at once.
 """
 
 _MAX_QUEUED = 64
@@ -76,6 +87,9 @@ class Connection(FrameProtocol):
         # Told, once, when the connection is gone; not if we have closed it ourselves by `close`.
         self.on_lost: Callable[[], None] | None = None
         self._listener = listener
+        self._on_message = listener.on_message
+        self._reserved = 0  # bytes in the room, for a message that is not whole
+        self.held_since: float | None = None  # it waits for such, and is not read
         self._tickets = 0
         self._turn = 0
         self._held: dict[int, Callable[[], None]] = {}
@@ -159,29 +173,38 @@ class Connection(FrameProtocol):
             raise
 
     def message_received(self, message: bytes) -> None:
-        self.waiting_since = None
-        if self._listener.on_message is not None:
-            self._listener.on_message(self, message)
+        if self.waiting_since is not None:
+            self._wait_since(None)
+        if self._on_message is not None:
+            self._on_message(self, message)
         else:
             self._queue(message)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.framer.partial and self.may_read():
-            if self.waiting_since is None:
-                self.waiting_since = self._loop.time()
-            return
-        self.waiting_since = None
+        if self.framer.partial:
+            if self.framer.needs > SMALL and not self._deaf:
+                self._find_room(self.framer.needs)
+                if self.held_since is not None or self._deaf:
+                    return
+            if self.may_read():
+                if self.waiting_since is None:
+                    self._wait_since(self._loop.time())
+                return
+        elif self._reserved:
+            self._give_back()
+        if self.waiting_since is not None:
+            self._wait_since(None)
         if not self.granted and self._listener.on_message is not None:
             self.finish_when_answered()
 
     def may_read(self) -> bool:
-        return self._drained is None and not self._full
+        return self._drained is None and not self._full and self.held_since is None
 
     def read_or_hold(self) -> None:
         super().read_or_hold()
         # While we do not read, it is not the peer that is late.
-        self.waiting_since = self._loop.time() if self.may_read() and self.framer.partial else None
+        self._wait_since(self._loop.time() if self.may_read() and self.framer.partial else None)
 
     def framing_failed(self, error: Exception) -> None:
         if self._listener.on_message is not None:
@@ -235,8 +258,78 @@ class Connection(FrameProtocol):
             self.write_message(Response("", error=error).encode(2))
             self.finish_after_peer()
 
+    def _wait_since(self, when: float | None) -> None:
+        self.waiting_since = when
+        if when is None:
+            self._listener.room.moves(self)
+        else:
+            self._listener.room.waits(self, when)
+
+    def _find_room(self, needs: int) -> None:
+        """Have room for the message that has begun, or read on when there is some, or refuse it."""
+        if needs <= self._reserved or self.held_since is not None:
+            return
+        if self.raw:  # which does not tell how long it is going to be
+            needs = min(1 << needs.bit_length(), self.framer.max_frame)
+        room, uid = self._listener.room, self.peer.uid
+        if room.reserve(uid, needs - self._reserved):
+            self._reserved = needs
+        elif not self._reserved and room.hold(self, uid, needs):
+            self.held_since = self._loop.time()
+            self.read_or_hold()
+        else:
+            self.no_room()
+
+    def room_found(self, size: int) -> None:
+        """There is room for the message that was held: read on."""
+        self._reserved = size
+        self.held_since = None
+        self.read_or_hold()
+
+    def no_room(self) -> None:
+        """Refuse a message for which there was no room for too long, or that need not even wait."""
+        room = self._listener.room
+        room.refused += 1
+        room.forget(self)
+        self.held_since = None
+        self.read_or_hold()
+        self.framing_failed(Busy("too many large messages are on their way in", retry_after=_COME_BACK))
+
+    def _give_back(self) -> None:
+        size, self._reserved = self._reserved, 0
+        if size:
+            for conn in self._listener.room.give_back(self.peer.uid, size):
+                conn.room_found(conn.framer.needs)
+
+    def shed(self, error: AcommError) -> None:
+        """Make room for somebody else."""
+        self._listener.room.leave(self)
+        if not self.raw:
+            self.write_message(Response("", error=error).encode(2))
+        self.finish()
+        if self.write_buffer_size:
+            self.abort()
+
+    def turn_away(self, error: AcommError, seconds: float) -> None:
+        """Refuse its message, whatever that is, if it comes within so many seconds."""
+
+        def refuse(conn: Connection, data: bytes) -> None:
+            id, wire, extended, _ = salvage(data, raw=conn.raw)
+            if not conn.raw:
+                conn.write_message(Response(id, error=error).encode(wire, extended=extended))
+            conn.finish()
+
+        self._on_message = refuse
+        self._loop.call_later(seconds, self._turned_away, error)
+
+    def _turned_away(self, error: AcommError) -> None:
+        if not self.closed:
+            self.shed(error)
+            self.abort()
+
     def input_ended(self) -> None:
-        self.waiting_since = None
+        if self.waiting_since is not None:
+            self._wait_since(None)
         if self._listener.on_message is None:
             self._wake()
         elif self.raw:
@@ -258,6 +351,8 @@ class Connection(FrameProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._listener.room.forget(self)
+        self._give_back()
         self._wake()
         self._listener._disconnected(self)
         lost, self.on_lost = self.on_lost, None
@@ -277,6 +372,10 @@ class UnixListener:
     later (by `conn.ticket` in their order, if that may not be the order in which they are known); a peer that
     has closed its half is kept until it has all of them.
 
+    `room` says how many connections there may be, and how much may be unfinished; several listeners can have
+    it in common. Beyond that a connection that has kept us waiting for longest goes, or the new one is told
+    Busy.
+
     A message that is not whole after `frame_timeout` seconds, or a peer that for so long reads nothing
     of what it was sent, ends the connection.
     """
@@ -292,6 +391,7 @@ class UnixListener:
         max_frame: int = DEFAULT_MAX_FRAME,
         frame_timeout: float = DEFAULT_FRAME_TIMEOUT,
         on_message: Callable[[Connection, bytes], None] | None = None,
+        room: Room[Connection] | None = None,
     ) -> None:
         if accept_limit < 0:
             raise ValueError(f"accept_limit must be 0 (no limit) or more, not {accept_limit}")
@@ -301,6 +401,8 @@ class UnixListener:
         self.max_frame = max_frame
         self.frame_timeout = frame_timeout
         self.on_message = on_message
+        self.room: Room[Connection] = Room() if room is None else room
+        self._turned_away: set[Connection] = set()
         self._uids = {0, os.getuid(), *(allow_uids or ())}
         self._gids = frozenset(allow_gids)
         self._bound: socketpath.BoundSocket | None = None
@@ -440,6 +542,7 @@ class UnixListener:
     def _connected(self, conn: Connection, sock: socket.socket) -> None:
         self._open.add(conn)
         self._all_done.clear()
+        self.room.enter(conn, conn.peer.uid, conn._loop.time())
         if self._stopped:
             conn.close()
             return
@@ -447,13 +550,34 @@ class UnixListener:
             log.warning("refused a connection of uid %d (pid %d)", conn.peer.uid, conn.peer.pid)
             conn.refuse(Forbidden(f"uid {conn.peer.uid} may not use this socket"))
             return
+        if (crowd := self.room.crowded(conn.peer.uid)) is not None and not self._make_place(conn, crowd):
+            return
         self._accepted += 1
         if self.on_message is None:
             self._waiting.put_nowait(conn)
         if self._accepted == self.accept_limit:
             self._stop_accepting()
 
+    def _make_place(self, conn: Connection, crowd: str) -> bool:
+        """There are too many connections: whether this one may stay, as another has gone."""
+        room, error = self.room, Busy(crowd, retry_after=_COME_BACK)
+        slow = room.slowest(conn.peer.uid, conn._loop.time())
+        if slow is not None:
+            room.shed += 1
+            slow.shed(error)
+            return True
+        room.refused += 1
+        room.leave(conn)
+        if len(self._turned_away) < _MAX_TURNED_AWAY and self.on_message is not None:
+            self._turned_away.add(conn)
+            conn.turn_away(error, PATIENCE)
+        else:
+            conn.shed(error)
+        return False
+
     def _disconnected(self, conn: Connection) -> None:
+        self.room.leave(conn)
+        self._turned_away.discard(conn)
         self._open.discard(conn)
         self._taken.discard(conn)
         if not self._taken:
@@ -482,8 +606,10 @@ class UnixListener:
         for conn in list(self._open):
             if conn.stuck_for(now) > self.frame_timeout:
                 conn.abort()
+            elif conn.held_since is not None and now - conn.held_since > self.frame_timeout:
+                conn.no_room()
             elif conn.waiting_since is not None and now - conn.waiting_since > self.frame_timeout:
-                conn.waiting_since = None
+                conn._wait_since(None)
                 conn.framing_failed(BadRequest(f"no whole message in {self.frame_timeout:g} seconds"))
                 conn.finish()
 

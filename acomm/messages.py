@@ -18,6 +18,7 @@ that they do not know. Two programs that both know this library may say more: a 
   keep the connection until the answer comes)
 * response: `stream_format`
 * response and acknowledgement: `error_info`, and `"acomm": 1` itself
+* acknowledgement of a request: `accepted`
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, Protocol, TypeVar, cast
 import msgspec
 
 from acomm import handlers, jsontext, urls
+from acomm.accepted import Accepted
 from acomm.errors import AcommError, BadRequest, ConfigError, from_wire, printable
 
 T = TypeVar("T")
@@ -419,10 +421,17 @@ def set_transport(transport: Transport) -> None:
     _transport = transport
 
 
-def ok_ack(id_json: bytes, wire: int, extended: bool) -> bytes:
-    """The acknowledgement of a message that was taken; `id_json` is its id as JSON text."""
+def ok_ack(id_json: bytes, wire: int, extended: bool, accepted: Accepted | None = None) -> bytes:
+    """The acknowledgement of a message that was taken; `id_json` is its id as JSON text. Where a request
+    stands goes to who asked for extensions, and comes last: the rest is what its sender expects.
+    """
     key = b"stream_url" if wire == 2 else b"streamURL"
-    tail = b',"acomm":1}' if extended else b"}"
+    if not extended:
+        tail = b"}"
+    elif accepted is None:
+        tail = b',"acomm":1}'
+    else:
+        tail = b',"acomm":1,"accepted":%b}' % accepted.json()
     return b'{"error":"","id":%b,"result":null,"%b":null%b' % (id_json, key, tail)
 
 

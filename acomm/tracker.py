@@ -657,9 +657,17 @@ class Tracker:
             raise response.error
         return response
 
-    def post(self, url: str, request: Request, answer: Answer, timeout: float | None = None) -> str:
+    def post(
+        self,
+        url: str,
+        request: Request,
+        answer: Answer,
+        timeout: float | None = None,
+        *,
+        accepted: Callable[[bytes], None] | None = None,
+    ) -> str:
         """Send `request` and have `answer` resolved with its response, or with the error of a refused
-        acknowledgement. Returns the id.
+        acknowledgement. `accepted` is given one that was not refused, as it came. Returns the id.
         """
         if request.response_hook is None:
             request = msgspec.structs.replace(request, response_hook=self.url)
@@ -677,20 +685,21 @@ class Tracker:
             if not self._unacknowledged:
                 self._all_acknowledged.set()
             if error is None:
+                if accepted is not None:
+                    accepted(message.ack)
                 if (entry := self._table.get(id)) is not None:
                     entry.acknowledged = True
             elif self._take(id) is not None and not answer.done():
                 answer.set_exception(error)
 
         self.track(request, timeout, resolve=resolve)
-        expected = ok_ack(msgspec.json.encode(id), self.wire, True)
+        expected = ok_ack(msgspec.json.encode(id), self.wire, True)[:-1]  # what is accepted tells more
+        extended = self.wire > 1
+        message = Outgoing(payload, acknowledged, wire=self.wire, extended=extended, expected=expected)
         self._unacknowledged += 1
         self._all_acknowledged.clear()
         try:
-            self.channels.post(
-                url,
-                Outgoing(payload, acknowledged, wire=self.wire, extended=self.wire > 1, expected=expected),
-            )
+            self.channels.post(url, message)
         except BaseException as error:
             self._take(id)
             acknowledged(error if isinstance(error, AcommError) else None)

@@ -187,7 +187,13 @@ class Fifo:
                 os.read(self._fd, 4096)
 
     def close(self) -> None:
+        """Let a task go that waits for it. One that has not opened it yet finds an empty file: the pipe would
+        have it wait for ever.
+        """
         if self._fd >= 0:
+            with suppress(FileNotFoundError):  # its folder has gone
+                Path(f"{self.path}.empty").touch()
+                os.replace(f"{self.path}.empty", self.path)
             os.close(self._fd)
             self._fd = -1
 

@@ -184,6 +184,14 @@ def test_the_reload_in_the_guide_brings_new_code(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.process
+def test_the_limits_in_the_guide_are_told(served: dict[str, str]) -> None:
+    done = run([sys.executable, "-W", "error", "-c", block_with("calls[1].position")], served)
+    assert done.returncode == 0, done.stderr
+    assert "[49999995000000, 4950]" in done.stdout
+    assert "'max_queued': 1000" in done.stdout
+
+
+@pytest.mark.process
 def test_the_isolated_calls_in_the_guide_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "converts.py").write_text(block_with("@task(isolated=True)"))
     monkeypatch.chdir(tmp_path)

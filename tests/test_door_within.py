@@ -19,7 +19,7 @@ from peers import WAIT
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest, Busy, ShuttingDown
 from acomm.messages import Request, Response
 from acomm.origin import Origin
-from workers import Supervisor, door, httpaccess
+from workers import Supervisor, config, door, httpaccess
 from workers.httpaccess import bracketed
 from workers.httpreplies import STATUSES
 
@@ -173,7 +173,7 @@ class TestLimits:
         writer.close()
 
     async def test_connections_have_an_end(self, within: Within, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(door, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(door, "HTTP_CONNECTIONS", 1)
         _, first = await within.opened()
         async with asyncio.timeout(WAIT):
             while not within.door.connections:
@@ -191,7 +191,7 @@ class TestLimits:
     async def test_large_bodies_on_their_way_in_have_an_end(
         self, within: Within, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(door, "UNREAD_BUDGET", 1)
+        monkeypatch.setattr(config, "UNREAD_FRAMES", 1)
         monkeypatch.setattr(door, "READ_TIMEOUT", WAIT)
         begun = within.head("POST /call/echo", "Content-Length: 90000", "Connection: close") + b"["
         _, first = await within.opened()
@@ -212,7 +212,7 @@ class TestLimits:
     async def test_strangers_take_no_room_from_callers(
         self, within: Within, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(door, "UNREAD_BUDGET", 1)
+        monkeypatch.setattr(config, "UNREAD_FRAMES", 1)
         monkeypatch.setattr(door, "READ_TIMEOUT", WAIT)
         _, writer = await within.opened()
         announced = ("Host: localhost", "Content-Type: application/json", "Content-Length: 90000")

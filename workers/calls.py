@@ -141,6 +141,7 @@ class Call(msgspec.Struct, eq=False, weakref=True):
     run: Call | None = None
     sharers: dict[int, Call] | None = None
     sent: float = 0.0
+    account: Any = None  # of whoever submitted it, what it counts for
 
     @property
     def attempt(self) -> int:

@@ -127,6 +127,33 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--max-frame", type=int, metavar="BYTES", help="The largest message.  [default: 64 MiB]")
 @click.option(
+    "--max-queued",
+    type=int,
+    metavar="N",
+    help="Requests under way; more are refused as busy.  [default: 100,000]",
+)
+@click.option(
+    "--max-queued-bytes", type=int, metavar="BYTES", help="Their arguments together.  [default: 512 MiB]"
+)
+@click.option(
+    "--max-connections",
+    type=int,
+    metavar="N",
+    help="Open connections to the unix sockets.  [default: 10,000]",
+)
+@click.option(
+    "--max-unread-bytes",
+    type=int,
+    metavar="BYTES",
+    help="Large messages on their way in, together.  [default: 4 times --max-frame]",
+)
+@click.option(
+    "--max-share",
+    type=float,
+    metavar="PART",
+    help="Of all these, the most for one user where several may connect.  [default: 0.5]",
+)
+@click.option(
     "--journal", metavar="PATH", help="Keep accepted requests in this file until they are answered."
 )
 @click.option(

@@ -18,7 +18,14 @@ from workers.errors import ConfigError, printable
 
 PREFIX = "ACOMM_"
 
+HTTP_CONNECTIONS = 1024
+"""Connections that the HTTP door takes at a time."""
+
+UNREAD_FRAMES = 4
+"""Of the largest messages, how many may be on their way in at a time by default."""
+
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Uid = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -43,6 +50,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     With `provider_dir`, tasks are also served to a Go coordinator whose socket folder that is, by sockets
     named after `provider_priority` and `provider_name`.
 
+    At most `max_queued` requests are under way, with `max_queued_bytes` bytes of arguments, and at most
+    `max_connections` connections to the unix sockets are open. `max_unread_bytes` are the bytes of large
+    messages that have not come whole (None: four of the largest). Where others than our own user may send
+    requests, none of them has more than `max_share` of any of these.
     `journal` is the path of a file where requests are stored before they are acknowledged (None: nowhere),
     with `durability` against the loss of "power" or that of the "process" alone.
 
@@ -62,6 +73,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allow_gid: tuple[Uid, ...] = ()
     allow_hook: tuple[str, ...] = ()
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
+    max_queued: Count = 100_000
+    max_queued_bytes: Bytes = 512 * 1024 * 1024
+    max_connections: Count = 10_000
+    max_unread_bytes: Bytes | None = None
+    max_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     journal: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     durability: Literal["power", "process"] = "power"
     drain_timeout: Seconds = 10.0
@@ -105,6 +121,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         config = _convert(cls, values, "settings")
         if config.min_workers is not None and config.min_workers > config.workers:
             raise ConfigError(f"min_workers is {config.min_workers}, and workers only {config.workers}")
+        if config.unread_bytes < config.max_frame:
+            raise ConfigError(
+                f"max_unread_bytes is {config.unread_bytes}, less than max_frame: {config.max_frame}"
+            )
         return config
 
     @classmethod
@@ -114,6 +134,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             return msgspec.json.decode(text, type=cls)
         except msgspec.MsgspecError as error:
             raise ConfigError(f"settings: {error}") from None
+
+    @property
+    def unread_bytes(self) -> int:
+        """How many bytes of large messages may be on their way in at a time."""
+        return UNREAD_FRAMES * self.max_frame if self.max_unread_bytes is None else self.max_unread_bytes
+
+    @property
+    def share(self) -> float:
+        """The most that one caller may have of what is limited: everything, where there is only one. Over
+        HTTP those with the token are one, and those without are another.
+        """
+        return 1.0 if self.socket_mode == 0o600 and self.http is None else self.max_share
 
     @property
     def socket_mode(self) -> int:

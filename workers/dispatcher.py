@@ -248,6 +248,11 @@ class Dispatcher:
         worker = self._holder.get(self.run(number))
         return None if worker is None else worker.id
 
+    def runs_now(self, task: str, key: bytes) -> bool:
+        """Whether a call of that key would join a run that a worker has."""
+        run = self._sharing.joinable(task, key)
+        return run is not None and run.number in self._holder
+
     def call(self, number: int) -> Call | None:
         """The call of that number, if it has not ended."""
         return self._calls.get(number)
@@ -325,6 +330,17 @@ class Dispatcher:
             count += math.ceil(len(unplaced) / self.overlap)
             seconds += sum(self._predicted.get(call.task, 0.0) for call in unplaced) / self.overlap
         return count, seconds
+
+    def ahead(self, priority: int) -> int:
+        """How many calls wait for a worker that come before a new one of that priority."""
+        waiting = self.queued - len(self._backoff)
+        order = self._order
+        if len(order) > 1 or (order and order[0] < priority):
+            waiting -= sum(len(queue) for other, queue in self._queues.items() if other < priority)
+        for lanes in (self._lanes, self._overlapping):
+            if lanes:
+                waiting -= lanes.below(priority)
+        return max(waiting, 0)  # given-up calls may still be in a queue
 
     def _unplaced(self) -> list[Call]:
         """Calls that overlap and that no worker has room for."""

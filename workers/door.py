@@ -25,6 +25,7 @@ import msgspec
 from aiohttp import web
 
 from acomm import jsontext
+from acomm.accepted import Accepted
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
@@ -32,7 +33,7 @@ from acomm.streamreaders import decline, open_stream
 from acomm.tracker import Tracker
 from workers import httpreplies as replies
 from workers.callers import Callers
-from workers.config import Config
+from workers.config import HTTP_CONNECTIONS, Config
 from workers.errors import (
     AcommError,
     BadRequest,
@@ -54,14 +55,7 @@ log = logging.getLogger("acomm.door")
 READ_TIMEOUT = 30.0
 """Seconds for a request to come whole, for a new connection to begin one, and for a kept one to stay idle."""
 
-MAX_CONNECTIONS = 1024
-
 _AT_ONCE = 0.01  # seconds; aiohttp takes none for no limit
-
-UNREAD_BUDGET = 4
-"""Of the largest bodies, how many may be on their way in at a time, and as many of senders without the token,
-who then only get into each other's way. Small ones that come in one piece do not count.
-"""
 
 _CONNECTION: dict[str, Any] = {
     "access_log": None,
@@ -181,7 +175,7 @@ class Door:
 
     def _protocol(self) -> asyncio.Protocol:
         assert self._server is not None
-        if len(self._server.connections) >= MAX_CONNECTIONS:
+        if len(self._server.connections) >= HTTP_CONNECTIONS:
             return replies.Full()
         return _Protocol(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
 
@@ -250,10 +244,10 @@ class Door:
             id, wire, extended, _hook = salvage(data)
             return replies.acknowledgement(error, id, wire, extended)
         # A generation that has no acknowledgement is the socket's affair alone.
-        refusal = await self._offer(message, trusted)
+        refusal, accepted = await self._offer(message, trusted)
         if refusal is not None:
             return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
-        ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended)
+        ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended, accepted)
         return replies.answer(request, ack)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
@@ -278,7 +272,7 @@ class Door:
                 self._service.caller_left(call.id)
 
         try:
-            refusal = await self._offer(call, trusted, resolve, gone)
+            refusal, _ = await self._offer(call, trusted, resolve, gone)
             if refusal is not None:
                 return replies.refusal(refusal)
             response = await answer
@@ -302,15 +296,16 @@ class Door:
         trusted: bool,
         resolve: Callable[[Response], None] | None = None,
         gone: Callable[[], None] | None = None,
-    ) -> AcommError | None:
-        """Why the supervisor does not take a request; None if it has. `gone` is called if it does when its
-        sender has left.
+    ) -> tuple[AcommError | None, Accepted | None]:
+        """Why the supervisor does not take a request, None if it has; and where that stands. `gone` is called
+        if it does when its sender has left.
         """
-        decision: asyncio.Future[AcommError | None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        decision: asyncio.Future[tuple[AcommError | None, Accepted | None]] = loop.create_future()
 
-        def decided(refusal: AcommError | None) -> None:
+        def decided(refusal: AcommError | None, accepted: Accepted | None = None, /) -> None:
             if not decision.done():
-                decision.set_result(refusal)
+                decision.set_result((refusal, accepted))
             elif refusal is None and gone is not None:
                 gone()  # the peer has left meanwhile
 
@@ -407,7 +402,10 @@ class Door:
             self._reading[trusted] -= reserved
 
     def _reserve(self, size: int, trusted: bool) -> None:
-        if size > 0 and self._reading[trusted] + size > UNREAD_BUDGET * self._service.config.max_frame:
+        """Count bytes of a body that is on its way in. Senders without the token have a budget of their own,
+        and only get into each other's way. Small bodies that come in one piece do not count.
+        """
+        if size > 0 and self._reading[trusted] + size > self._service.config.unread_bytes:
             raise Busy("too many large requests are on their way in", retry_after=replies.RETRY_AFTER)
         self._reading[trusted] += size
 

@@ -111,6 +111,15 @@ class Lanes:
             call for lane in self.open.values() for call in itertools.islice(lane, min(most, lane.room()))
         ]
 
+    def below(self, priority: int) -> int:
+        """How many calls of a lower priority wait."""
+        return sum(
+            len(queue)
+            for lane in self._lanes.values()
+            for other, queue in lane.queues.items()
+            if other < priority
+        )
+
     def count_isolated(self, before: tuple[int, int] | None, most: int) -> int:
         """How many isolated calls may run now whose turn comes `before` another; `most` are counted."""
         count = 0

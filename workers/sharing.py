@@ -43,6 +43,10 @@ class Shared:
         self.members[call.number] = call
         return run, new
 
+    def joinable(self, task: str, key: bytes) -> Call | None:
+        """The run that a call of that key would join."""
+        return self._runs.get((task, key))
+
     def leave(self, call: Call) -> bool:
         """A member wants its outcome no more. False: the others have left before, so it stays, to have the
         outcome of the run's end, which nobody can join from now on.

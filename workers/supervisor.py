@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from acomm import handlers, streamsocket
+from acomm.accepted import Accepted
 from acomm.egress import Policy
 from acomm.errors import AcommError
 from acomm.messages import RESERVED, Request, Response
@@ -37,6 +38,7 @@ from acomm.origin import Origin
 from acomm.tracker import HANDLER_WAIT, Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service
+from workers.admission import Account, Admission
 from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
@@ -52,6 +54,7 @@ from workers.errors import (
     UnknownTask,
     printable,
 )
+from workers.forecast import Forecast
 from workers.handlerthreads import HandlerThreads
 from workers.journal import Journal
 from workers.journalfile import JournalFile, Row
@@ -93,14 +96,16 @@ _quote = msgspec.json.encode
 Resolve = Callable[[Response], None]
 
 
-class Accepted(NamedTuple):
-    """A request that will be done, and its digest: by a `task` of ours, whose call has this `key`, or by the
-    service at its task URL.
+class Examined(NamedTuple):
+    """A request that may be done, and its digest: by a `task` of ours, whose call has this `key`, or by the
+    service at its task URL. `size` is that of its arguments, which count for `account`.
     """
 
     request: Request
     content: bytes
     origin: Origin
+    account: Account
+    size: int
     resolve: Resolve | None = None
     task: Task[..., Any] | None = None
     key: bytes | None = None
@@ -142,6 +147,8 @@ class Supervisor:
         self._executor = HandlerThreads()
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
+        self.admission = Admission(self.config.max_queued, self.config.max_queued_bytes, self.config.share)
+        self._forecast = Forecast()
         self.stored: StoredRequests | None = None
         self._left = False
         self._recovery: Recovery | None = None
@@ -445,14 +452,17 @@ class Supervisor:
         accepted will be answered, at its hook and by `resolve(response)`. `message` is what `Request.decode`
         alone has made the request from, if it was: it need not be encoded again to be stored.
         """
+        accepted = None
         try:
-            accepted = self._examine(request, origin, resolve)
-            if accepted is not None:
+            examined = self._examine(request, origin, resolve)
+            if examined is not None:
+                self.admission.take(examined.account, examined.size)
                 # Who waits for the answer itself has been promised nothing until it comes.
                 if self.stored is not None and resolve is None:
-                    self._store(self.stored, accepted, decided, message)
+                    self._store(self.stored, examined, decided, message)
                     return
-                self._begin(accepted)
+                accepted = self._standing(examined)
+                self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be taken")
@@ -460,7 +470,7 @@ class Supervisor:
             self.refused(error)
             decided(error)
         else:
-            decided(None)
+            decided(None, accepted)
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
@@ -472,7 +482,7 @@ class Supervisor:
             return "draining"
         return None if self.pool.healthy else "unhealthy: the workers die while they start"
 
-    def _examine(self, request: Request, origin: Origin, resolve: Resolve | None) -> Accepted | None:
+    def _examine(self, request: Request, origin: Origin, resolve: Resolve | None) -> Examined | None:
         """What is to be begun for a request; None if that is answered already. Raises the AcommError of its
         refusal, in which case nothing was done.
         """
@@ -481,7 +491,8 @@ class Supervisor:
             self._answer_verb(request, origin, resolve)
             return None
         content = digest(request)
-        known = self._recent.known(request.id, time.monotonic())
+        now = time.monotonic()
+        known = self._recent.known(request.id, now)
         if known is not None:
             self._repeated(request, known == content, origin, resolve)
             return None
@@ -489,9 +500,13 @@ class Supervisor:
             raise ShuttingDown("the supervisor is stopping")
         if request.id in self._streams:  # which may outlast what is remembered of it
             raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
+        # Before the arguments are looked into: to say no should cost little.
+        account = self.admission.account(origin)
+        size = _size(request)
+        self.admission.check(account, size, now, functools.partial(self._gap, now))
         if request.task_url is not None and request.task_url != self.url:
             self._check_forward(request, resolve)
-            return Accepted(request, content, origin, resolve)
+            return Examined(request, content, origin, account, size, resolve)
         task, key = self._check_call(request, origin)
         if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
             raise BadRequest(
@@ -500,7 +515,7 @@ class Supervisor:
             )
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
-        return Accepted(request, content, origin, resolve, task, key)
+        return Examined(request, content, origin, account, size, resolve, task, key)
 
     def _check_call(self, request: Request, origin: Origin) -> tuple[Task[..., Any], bytes | None]:
         """The task of a request, and its call's key. Raises UnknownTask, BadArgs, and for handlers what does
@@ -514,15 +529,24 @@ class Supervisor:
             task.check_args(request.args)
         return task, key
 
-    def _begin(self, accepted: Accepted) -> None:
-        """Have a request done. Raises AcommError when that cannot be begun."""
-        request, content, origin, resolve, task, key = accepted
-        if task is None:
-            self._forward(accepted)
-        else:
-            call = _call(request, task, origin, key)
-            self.pool.submit(call)
-            self._track(request, origin, resolve)
+    def _begin(self, examined: Examined) -> None:
+        """Have a request done that has been counted. Raises AcommError when it cannot be begun; then it does
+        not count any more.
+        """
+        request, content, origin, account, size, resolve, task, key = examined
+        call = None
+        try:
+            if task is None:
+                self._forward(examined)
+            else:
+                call = _call(request, task, origin, key)
+                call.account = account
+                self.pool.submit(call)
+                self._track(request, origin, resolve)
+        except BaseException:
+            self.admission.release(account, size)
+            raise
+        if call is not None:
             self._calls[request.id] = call
             self._counts["accepted"] += 1
             if key is not None and call.run is not None and len(call.run.sharers or ()) > 1:
@@ -531,6 +555,38 @@ class Supervisor:
                 self._drive_due = True
                 self._loop.call_soon(self._drive)
         self._recent.begin(request.id, content)
+
+    def _standing(self, examined: Examined) -> Accepted | None:
+        """Where a request stands that is to be begun now; None if its sender is not to know, or there is
+        nothing to tell.
+        """
+        request, task = examined.request, examined.task
+        if task is None or not request.extended:
+            return None
+        dispatcher = self.pool.dispatcher
+        ahead = dispatcher.ahead(request.priority or task.priority)
+        if not ahead and dispatcher.assigned < self.pool.ready:
+            return Accepted(0, 0.0)
+        if examined.key is not None and dispatcher.runs_now(task.name, examined.key):
+            return Accepted(0, 0.0)
+        gap = self._gap(time.monotonic(), task.name)
+        return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
+
+    def _gap(self, now: float, task: str | None = None) -> float | None:
+        """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the
+        last.
+        """
+        return self._forecast.gap(now, functools.partial(self._predict, task))
+
+    def _predict(self, task: str | None) -> float | None:
+        """The same by the run times of the tasks whose calls wait."""
+        dispatcher, workers = self.pool.dispatcher, max(self.pool.ready, 1)
+        if dispatcher.queued:
+            _, seconds = dispatcher.backlog()
+            if seconds:
+                return seconds / dispatcher.queued / workers
+        seconds_each = None if task is None else dispatcher.predicted(task)
+        return None if seconds_each is None else seconds_each / workers
 
     def _track(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
         self.tracker.track(
@@ -545,20 +601,21 @@ class Supervisor:
     # -- what is stored -----------------------------------------------------------------------------
 
     def _store(
-        self, stored: StoredRequests, accepted: Accepted, decided: Decided, message: bytes | None
+        self, stored: StoredRequests, examined: Examined, decided: Decided, message: bytes | None
     ) -> None:
-        """Have a request stored, and begun when it is."""
+        """Have a request stored that has been counted, and begun when it is."""
 
         def done(outcome: Row | AcommError | None) -> None:
             if outcome is None:
-                decided(None)
+                decided(None, self._standing(examined))
                 if not self._left:
-                    self._begin_stored(accepted)
+                    self._begin_stored(examined)
                 return
+            self.admission.release(examined.account, examined.size)
             refusal: AcommError | None = None
             if isinstance(outcome, AcommError):
                 refusal = outcome
-            elif outcome.digest != accepted.content:
+            elif outcome.digest != examined.content:
                 refusal = Conflict(f"the id {printable(outcome.id)} was used for another request")
             else:
                 self._counts["repeated"] += 1
@@ -567,18 +624,18 @@ class Supervisor:
             self._look_idle()
             decided(refusal)
 
-        stored.store(accepted.request, accepted.content, accepted.origin, done, message)
+        stored.store(examined.request, examined.content, examined.origin, done, message)
 
-    def _begin_stored(self, accepted: Accepted) -> None:
+    def _begin_stored(self, examined: Examined) -> None:
         """Begin what has been acknowledged: what goes wrong now is its answer."""
-        request = accepted.request
+        request = examined.request
         try:
-            self._begin(accepted)
+            self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
                 log.exception("a request could not be begun")
                 error = AcommError(_INTERNAL)
-            self._answer_unbegun(request, accepted.origin, Response.to(request, error=error))
+            self._answer_unbegun(request, examined.origin, Response.to(request, error=error))
 
     def _answer_unbegun(self, request: Request, origin: Origin, response: Response) -> None:
         self._track(request, origin)
@@ -594,16 +651,17 @@ class Supervisor:
             else:
                 self._told(response)
             return
-        content = digest(request)
-        try:
-            if request.task_url is not None and request.task_url != self.url:
-                accepted = Accepted(request, content, origin)
-            else:
-                accepted = Accepted(request, content, origin, None, *self._check_call(request, origin))
-        except AcommError as error:
-            self._answer_unbegun(request, origin, Response.to(request, error=error))
-        else:
-            self._begin_stored(accepted)
+        task, key = None, None
+        if request.task_url is None or request.task_url == self.url:
+            try:
+                task, key = self._check_call(request, origin)
+            except AcommError as error:
+                self._answer_unbegun(request, origin, Response.to(request, error=error))
+                return
+        # It was accepted when there was room for it, and counts now however little there is.
+        account, size = self.admission.account(origin), _size(request)
+        self.admission.take(account, size)
+        self._begin_stored(Examined(request, digest(request), origin, account, size, None, task, key))
 
     def _on_delivered(self, id: str) -> Callable[[AcommError | None], None] | None:
         return None if self.stored is None else functools.partial(self.stored.delivered, id)
@@ -646,12 +704,13 @@ class Supervisor:
                 "a task URL over HTTP needs a supervisor with --http, where the answer can come in"
             )
 
-    def _forward(self, accepted: Accepted) -> None:
+    def _forward(self, examined: Examined) -> None:
         """Have the service at the request's task URL do it; the answer comes through us."""
-        request, resolve = accepted.request, accepted.resolve
+        request, account, size, resolve = examined.request, examined.account, examined.size, examined.resolve
 
         def answered(response: Response) -> None:
             self._forwarded.discard(request.id)
+            self.admission.release(account, size)
             self._finished(response)
             if resolve is not None:
                 resolve(response)
@@ -660,7 +719,7 @@ class Supervisor:
         self.tracker.forward(
             request,
             timeout,
-            origin=accepted.origin,
+            origin=examined.origin,
             resolve=answered,
             delivered=self._on_delivered(request.id),
         )
@@ -743,11 +802,19 @@ class Supervisor:
             self._end(request.id, Response(request.id, result, outcome.error, extended=request.extended))
 
     def _end(self, id: str, response: Response) -> None:
-        if self._calls.pop(id, None) is None:
+        call = self._calls.pop(id, None)
+        if call is None:
             return
+        if id not in self._streams:  # else it has only begun
+            self._count_out(call)
         if self.callers.waiting:
             self.callers.ended(id)
         self._answer(response)
+
+    def _count_out(self, call: Call) -> None:
+        """A call has ended, and there is room for another."""
+        self.admission.release(call.account, 0 if call.args is None else len(call.args))
+        self._forecast.ended(time.monotonic(), self.pool.dispatcher.queued > 0)
 
     def _answer(self, response: Response) -> None:
         """Tell the answer to a request; when it is stored, if that is."""
@@ -799,6 +866,7 @@ class Supervisor:
         call = self._streams.pop(id, None)
         if call is None:
             return
+        self._count_out(call)
         self._look_idle()
         self._stream_ends["ok" if error is None else error.code] += 1
         if error is not None:
@@ -876,6 +944,8 @@ class Supervisor:
             "queued": calls.queued,
             "assigned": calls.assigned,
             "streams": {"open": len(self._streams), **self._stream_ends},
+            "admission": self.admission.stats(),
+            "room": self.unix.room.stats(),
             "connections": self.unix.connections,
             "http": None
             if self.door is None
@@ -907,6 +977,11 @@ def _place(config: Config) -> StreamPlace:
     folder = os.path.dirname(os.path.abspath(config.socket))
     group = config.allow_gid[0] if config.socket_mode == 0o660 else None
     return StreamPlace(folder, config.socket_mode, group, config.stream_expiry)
+
+
+def _size(request: Request) -> int:
+    """Bytes of a request's arguments."""
+    return 0 if request.args is None else len(memoryview(request.args))
 
 
 def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
-from collections.abc import Callable, Iterable
+import resource
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
 
+from acomm.accepted import Accepted
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
+from acomm.room import Room
 from acomm.tracker import Tracker
+from workers import descriptors
 from workers.callers import GRACE, Callers
-from workers.config import Config
+from workers.config import HTTP_CONNECTIONS, Config
 from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
 from workers.provider import Provider
 from workers.registry import Registry
 
+log = logging.getLogger("acomm.supervisor")
 _quote = msgspec.json.encode
 
-Decided = Callable[[AcommError | None], None]
-"""Told, at once or later, that a request was accepted, or why it was refused."""
+
+class Decided(Protocol):
+    """Told, at once or later, that a request was accepted, and where it then stood if there is anything to
+    tell; or why it was refused.
+    """
+
+    def __call__(self, refusal: AcommError | None, accepted: Accepted | None = None, /) -> None: ...
 
 
 class Service(Protocol):
@@ -54,6 +65,9 @@ class UnixDoor:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._config = service.config
+        self.room: Room[Connection] = Room(
+            self._config.max_connections, self._config.unread_bytes, self._config.share
+        )
         self.listener = self._listen(self._config.socket)
         self.provider = Provider.of(self._config, service.registry, self._listen)
         self._graces: dict[Connection, asyncio.TimerHandle] = {}
@@ -68,6 +82,7 @@ class UnixDoor:
             allow_gids=config.allow_gid,
             max_frame=config.max_frame,
             on_message=functools.partial(self._message, only=task) if task else self._message,
+            room=self.room,
         )
 
     @property
@@ -82,12 +97,29 @@ class UnixDoor:
 
     async def start(self) -> None:
         """Listen. Raises AddressInUse, ConfigError; call `stop` then, too."""
+        self._limit_connections()
         await self.listener.start()
         self._give_to_group(self._config.socket)
         if self.provider is not None:
             await self.provider.start()
             for path in self.provider.paths:
                 self._give_to_group(path)
+
+    def _limit_connections(self) -> None:
+        """Take no more than there are descriptors for, so that accepting never fails for want of them."""
+        wanted = self._config.max_connections
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        http = 0 if self._config.http is None else HTTP_CONNECTIONS
+        taken = descriptors.connections(wanted, limit, workers=self._config.workers, others=http)
+        if taken < wanted:
+            log.warning(
+                "at most %d connections are taken, and not %d (max_connections), as only %d descriptors may "
+                "be open (ulimit -n)",
+                taken,
+                wanted,
+                limit,
+            )
+        self.room.limit(taken)
 
     def _give_to_group(self, path: str) -> None:
         if self._config.socket_mode == 0o660:
@@ -136,11 +168,11 @@ class UnixDoor:
             self._refuse(conn, ticket, request, origin, error)
             return
 
-        def decided(refusal: AcommError | None) -> None:
+        def decided(refusal: AcommError | None, accepted: Accepted | None = None, /) -> None:
             if refusal is not None:
                 self._refuse(conn, ticket, request, origin, refusal)
             elif not raw:
-                ack = ok_ack(_quote(request.id), request.wire, request.extended)
+                ack = ok_ack(_quote(request.id), request.wire, request.extended, accepted)
                 conn.acknowledge(ack, grants=request.extended, ticket=ticket)
                 if request.task in self._service.registry.end_with_callers:
                     self._wait_for_answer(conn, request)

@@ -20,6 +20,9 @@ FEWEST_ROUNDS = 5
 POOL = "pool"
 """Not a row: a comparison with tables of its own, which takes longer than all rows."""
 
+OVERLOAD = "overload"
+"""Not a row either: it fills the machine with peers, and is one table."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
@@ -27,6 +30,10 @@ def run(arguments: Sequence[str]) -> int:
         from benchmarks.pools.command import run as compare_pools
 
         return compare_pools(arguments[1:], machine(), _tell)
+    if arguments[:1] == [OVERLOAD]:
+        from benchmarks.overload import run as overload
+
+        return overload(arguments[1:], machine())
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure, as ratios within one run.")
     parser.add_argument(
         "row",
@@ -42,9 +49,11 @@ def run(arguments: Sequence[str]) -> int:
         for row in ROWS.values():
             print(f"{row.name:10} {row.about}")
         print(f"{POOL:10} process pools side by side, in many respects; see scripts/bench {POOL} --help")
+        print(f"{OVERLOAD:10} honest callers among 10,000 slow peers, and without descriptors")
         return 0
-    if POOL in given.row:
-        parser.error(f"{POOL} is measured by itself: scripts/bench {POOL} [OPTION...]")
+    for apart in (POOL, OVERLOAD):
+        if apart in given.row:
+            parser.error(f"{apart} is measured by itself: scripts/bench {apart} [OPTION...]")
     unknown = [name for name in given.row if name not in ROWS]
     if unknown:
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
