@@ -35,8 +35,8 @@ IDLE = 0.5
 """Seconds without anything to write after which there is time for housekeeping."""
 
 MAX_LOG = 100_000
-"""Rows written after which the log is brought into the file even if there is no time: 200 MB or so, and a pause
-of some tenths of a second, so not often.
+"""Rows written after which the log is brought into the file even if there is no time: 200 MB or so, and a
+pause of some tenths of a second, so not often.
 """
 
 T = TypeVar("T")

@@ -46,8 +46,8 @@ KEEP_FAILED = 7 * 24 * 3600.0
 """Seconds for which a failed request is kept, unless it is purged."""
 
 PAGE = 1024
-"""Bytes of a page. Ids are random, so each new one changes a page of their index, which is written whole: with
-SQLite's 4096 a commit of 256 requests took three to six times as long.
+"""Bytes of a page. Ids are random, so each new one changes a page of their index, which is written whole:
+with SQLite's 4096 a commit of 256 requests took three to six times as long.
 """
 
 CHUNKS = (256, 64, 16, 4, 1)

@@ -82,6 +82,9 @@ _AFTER_FAULT = 0.1
 _SWITCH = 0.0005
 """Seconds after which a thread gives the interpreter to another that waits for it."""
 
+_GAP_LASTS = 0.01
+"""Seconds for which an estimate of how fast calls end is good."""
+
 _GIVE_UP_AFTER = 24 * 3600.0
 """Seconds after which a stored answer that its hook does not take is a dead letter."""
 
@@ -151,6 +154,7 @@ class Supervisor:
         self._forecast = Forecast()
         self.stored: StoredRequests | None = None
         self._left = False
+        self._known_gap: tuple[float | None, float] = (None, 0.0)
         self._recovery: Recovery | None = None
         self._recovering: asyncio.Task[None] | None = None
         self.failed = asyncio.Event()
@@ -576,7 +580,11 @@ class Supervisor:
         """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the
         last.
         """
-        return self._forecast.gap(now, functools.partial(self._predict, task))
+        gap, until = self._known_gap
+        if gap is None or now >= until:  # it is asked for with each request, and does not change so fast
+            gap = self._forecast.gap(now, functools.partial(self._predict, task))
+            self._known_gap = gap, now + _GAP_LASTS
+        return gap
 
     def _predict(self, task: str | None) -> float | None:
         """The same by the run times of the tasks whose calls wait."""
