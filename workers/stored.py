@@ -230,7 +230,12 @@ class Recovery:
             self.taken_up += 1
             if left.response is None:
                 self._under_way[row.id] = row.seq
-            self._begin(left)
+            try:
+                self._begin(left)
+            except Exception:  # a fault of ours with one must not keep the others from being taken up
+                log.exception("the request %s could not be taken up", printable(row.id))
+                self._under_way.pop(row.id, None)
+                self._stored.leave(row.id)
 
     async def _wait(self, most: int) -> None:
         while len(self._under_way) > most:
