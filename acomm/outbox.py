@@ -588,7 +588,7 @@ class Outbox:
             if parcel.reload is None:
                 text = f"more than {self.max_bytes} bytes of responses wait for their hooks"
                 self._bury(parcel, AcommError(text), Why.DROPPED)
-                self._look_idle(hook)
+                self._go_on(hook, hook.when)  # it may have kept another of its id back
             else:
                 hook.held.discard(parcel)
                 self._hold(hook, -parcel.size)

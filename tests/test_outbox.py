@@ -260,6 +260,16 @@ def test_a_hook_that_never_acknowledges_holds_no_more_than_is_under_way() -> Non
     assert len(world.dead) == 100 - 9
 
 
+def test_what_waits_behind_one_that_is_dropped_goes_on() -> None:
+    world = World(max_bytes=12 * OVERHEAD, max_flying_bytes=6 * OVERHEAD)
+    world.fail(world.post("c", size=5 * OVERHEAD), Fault.SILENT)
+    for _ in range(2):
+        world.post("", "unix:///1", size=OVERHEAD)
+    last = world.post("c", size=3 * OVERHEAD)
+    assert [letter.parcel.id for letter in world.dead] == ["c"]
+    assert last in world.flying
+
+
 def test_only_so_many_probes_are_under_way() -> None:
     world = World(max_probes=2)
     for number in range(10):

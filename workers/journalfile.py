@@ -361,9 +361,9 @@ class JournalFile:
     def failed(self, limit: int, task: str | None = None) -> list[Row]:
         """The latest failed requests, the last first."""
         rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM requests WHERE code IS NOT NULL AND (?1 IS NULL OR task = ?1) "
-            "ORDER BY seq DESC LIMIT ?2",
-            (task, limit),
+            f"SELECT {_COLUMNS} FROM requests WHERE code IS NOT NULL AND (:task IS NULL OR task = :task) "
+            "ORDER BY seq DESC LIMIT :most",
+            {"task": task, "most": limit},
         ).fetchall()
         return [Row(*row) for row in rows]
 
