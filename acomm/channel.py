@@ -27,7 +27,7 @@ from acomm import messages, urls
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, printable
 from acomm.framing import DEFAULT_MAX_FRAME, HEADER, Framer, FrameTooLarge
 from acomm.listener import encode_payload
-from acomm.messages import Request, Response, ok_ack
+from acomm.messages import STORED_TAIL, Request, Response, ok_ack
 from acomm.transport import FrameProtocol
 
 if TYPE_CHECKING:
@@ -110,8 +110,9 @@ class Channels:
     """All the channels of one owner, by URL and origin. Closing it fails what is still under way.
 
     `policy` judges where URLs may lead that come with an origin; those without are the program's own.
-    `broken(url)`, if set, is called when a peer has ended a connection that it had granted. `headers` are
-    what POSTs to a URL carry besides, by URL.
+    `broken(url)`, if set, is called when a peer has ended a connection that it had granted; `storing` has the
+    URLs whose peers say on their connection that they store requests. `headers` are what POSTs to a URL carry
+    besides, by URL.
     """
 
     def __init__(self, *, timeout: float = DEFAULT_TIMEOUT, policy: Policy | None = None) -> None:
@@ -119,6 +120,7 @@ class Channels:
         self.policy = policy
         self.granting: OrderedDict[str, bool] = OrderedDict()
         self.broken: Callable[[str], None] | None = None
+        self.storing: set[str] = set()
         self.headers: dict[str, dict[str, str]] = {}
         self._channels: dict[tuple[str, Origin | None], Channel] = {}
         self._http: dict[bool | None, aiohttp.ClientSession] = {}
@@ -360,6 +362,11 @@ class UnixChannel(Channel):
         if self.live is None and not self.owner.closed:
             self.live = connection
 
+    def note_stored(self, ack: bytes) -> None:
+        """Learn of a peer that stores what it takes."""
+        if ack.endswith(STORED_TAIL):
+            self.owner.storing.add(self.url)
+
     def broken(self, connection: _Pipeline, unacknowledged: list[Outgoing]) -> None:
         """The granted connection is gone. Send again what it may have lost."""
         if self.live is not connection:
@@ -373,6 +380,7 @@ class UnixChannel(Channel):
         self.rest()
         if self.owner.broken is not None:
             self.owner.broken(self.url)
+        self.owner.storing.discard(self.url)
 
     def rest(self) -> None:
         if self.live is None:
@@ -548,11 +556,14 @@ class _Pipeline(FrameProtocol):
             expected = outgoing.expected
             taken = expected is not None and message.startswith(expected)
             error = None if taken else _ack_error(message)[1]
+            if message.endswith(STORED_TAIL):
+                self._channel.note_stored(message)
             try:  # `settle`, without the call: this runs for each message
                 outgoing.delivered(error)
             except Exception:
                 log.exception("what waited for an acknowledgement failed")
         elif not self._first.done():
+            self._channel.note_stored(message)
             granted, error = _ack_error(message)
             if self._first_message is not None:
                 self._first_message.ack = message

@@ -40,6 +40,7 @@ from acomm.errors import (
     Unreachable,
 )
 from acomm.messages import RESERVED, Request, Response
+from acomm.orphans import Orphans
 from acomm.socketpath import default_socket
 from acomm.streamreaders import decline
 from acomm.streamsources import Source
@@ -57,9 +58,6 @@ WAIT = 5.0
 
 _LAST_SOURCES = 1.0
 """Seconds that sources of streams have to be closed when the client is; those that block are left alone."""
-
-_LAST_ANSWERS = 0.5
-"""Seconds to read what a supervisor has said before it went away."""
 
 
 def default_url() -> str:
@@ -268,6 +266,13 @@ class Client(Submitter):
             lambda: self._tracker.channels.connected(self.url, None),
         )
         self._watch = ProgressWatch(self._ask)
+        self._orphans = Orphans(
+            self.url,
+            self._wait,
+            self._ask,
+            lambda id: id in self._answers and self._tracker.is_acknowledged(id),
+            self._give_up,
+        )
         await self._tracker.start()
         self._ready.set_result(None)
         why = "the client's thread failed"
@@ -279,6 +284,7 @@ class Client(Submitter):
         finally:
             self._watch.close()
             self._away.close()
+            self._orphans.close()
             self._end(why)
             await self._streams.close(_LAST_SOURCES)
             await self._tracker.stop(0)
@@ -290,20 +296,16 @@ class Client(Submitter):
             await self._tracker.acknowledged()
 
     def _supervisor_gone(self, url: str) -> None:
-        """It ends a connection only when it has answered everything, or dies. Its last answers may be
-        unread yet; what has none in a moment has lost it with the supervisor.
-        """
+        """It dies, or ends, or another takes its place: what it has acknowledged is asked for."""
         self._watch.supervisor_changed()
         waiting = [id for id in self._answers if self._tracker.is_acknowledged(id)]
-        if waiting:
-            asyncio.get_running_loop().call_later(_LAST_ANSWERS, self._give_up, waiting)
+        self._orphans.add(waiting, stored=url in self._tracker.channels.storing)
 
-    def _give_up(self, ids: list[str]) -> None:
-        for id in ids:
-            pending = self._answers.get(id)
-            if pending is not None:
-                self._tracker.remove_request(id)
-                pending.fail(ConnectionLost("the supervisor went away before it answered"))
+    def _give_up(self, id: str) -> None:
+        pending = self._answers.get(id)
+        if pending is not None:
+            self._tracker.remove_request(id)
+            pending.fail(ConnectionLost("the supervisor went away before it answered"))
 
     def _end(self, why: str) -> None:
         """Whatever the reason, no call is left waiting."""

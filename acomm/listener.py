@@ -20,6 +20,7 @@ import os
 import select
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, overload
@@ -151,6 +152,11 @@ class Connection(FrameProtocol):
             await self.drain()
         if self.closed:
             raise ConnectionLost("the peer closed the connection")
+
+    def hold(self) -> None:
+        """Read no more, and never again."""
+        self._full = True
+        self.read_or_hold()
 
     def close(self) -> Done[None]:
         """Close once everything sent has left."""
@@ -360,6 +366,15 @@ class Connection(FrameProtocol):
             lost()
 
 
+class _Listening(socket.socket):
+    """A socket whose queue stays long: asyncio would shorten it to as many as it accepts at once, and who
+    does not wait for room in it would be refused.
+    """
+
+    def listen(self, backlog: int = socketpath.BACKLOG, /) -> None:
+        super().listen(socketpath.BACKLOG)
+
+
 class UnixListener:
     """Listens at a unix socket.
 
@@ -417,6 +432,7 @@ class UnixListener:
         self._all_done.set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._stopped = False
+        self._given = False
 
     @property
     def addr(self) -> str:
@@ -439,22 +455,70 @@ class UnixListener:
         """Begin to listen. Raises AddressInUse or ConfigError."""
         if self._server is not None:
             raise RuntimeError("the listener is already started")
-        path = self.path or socketpath.private_path("listener")
-        self._bound = socketpath.bind(path, self.mode)
+        if self._bound is None:
+            path = self.path or socketpath.private_path("listener")
+            self._bound = socketpath.bind(path, self.mode)
         self.path = self._bound.path
-        self._stopped = False
+        self._stopped = self._given = False
         self._accepted = 0
         self._waiting = asyncio.Queue()
-        loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_unix_server(
-                lambda: Connection(self), sock=self._bound.socket, backlog=_ACCEPTS_AT_ONCE
-            )
-            self._bound.socket.listen(socketpath.BACKLOG)
+            await self.accept()
         except BaseException:
             self._bound.release()
+            self._bound = None
             raise
         self._sweep()
+
+    def adopt(self, fds: tuple[int, int]) -> None:
+        """Have `start` listen at a socket that another process has given us: `fds` of its listener."""
+        assert self.path is not None
+        self._bound = socketpath.adopt(os.path.abspath(self.path), self.mode, fds)
+
+    @property
+    def fds(self) -> tuple[int, int]:
+        """What another process needs to listen in our place."""
+        assert self._bound is not None
+        return self._bound.fds
+
+    async def accept(self) -> None:
+        """Take connections, as `start` does, again after `pause`."""
+        assert self._bound is not None
+        # A copy, which the server closes with itself; the socket's file is never its affair.
+        sock = _Listening(fileno=os.dup(self._bound.socket.fileno()))
+        loop = asyncio.get_running_loop()
+        # asyncio accepts so many at a time; to uvloop it is the length of the kernel's queue alone.
+        at_once = _ACCEPTS_AT_ONCE if isinstance(loop, asyncio.SelectorEventLoop) else socketpath.BACKLOG
+        more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+        try:
+            self._server = await loop.create_unix_server(
+                lambda: Connection(self), sock=sock, backlog=at_once, **more
+            )
+        except BaseException:
+            sock.close()
+            raise
+
+    async def pause(self) -> None:
+        """Take no more connections; who knocks waits in the kernel's queue."""
+        server, self._server = self._server, None
+        if server is not None:
+            await stop_accepting(server)
+
+    def give_away(self) -> None:
+        """The socket is another process's now, which has its `fds`; our connections go on."""
+        self._stopped = self._given = True
+        bound, self._bound = self._bound, None
+        if bound is not None:
+            bound.forget()
+
+    def hold(self) -> list[Connection]:
+        """Read no more from connections that are kept open for more messages. They are returned, for
+        `Connection.close` when what was read of them is safe.
+        """
+        kept = [conn for conn in self._open if conn.granted]
+        for conn in kept:
+            conn.hold()
+        return kept
 
     def hide(self) -> None:
         """Remove the socket's file: nobody new finds it, who has connected is served."""
@@ -522,6 +586,9 @@ class UnixListener:
         loses what it has accepted when its server is closed at that moment.
         """
         if self._server is None or self._bound is None:
+            bound, self._bound = self._bound, None
+            if bound is not None:  # paused, or never begun
+                bound.release()
             return
         server, self._server = self._server, None
         try:
@@ -535,7 +602,9 @@ class UnixListener:
                 await asyncio.sleep(0)
         finally:
             server.close()
-            self._bound.release()
+            bound, self._bound = self._bound, None
+            if bound is not None:
+                bound.release()
 
     # -- called by connections ----------------------------------------------------------------------
 
@@ -543,7 +612,7 @@ class UnixListener:
         self._open.add(conn)
         self._all_done.clear()
         self.room.enter(conn, conn.peer.uid, conn._loop.time())
-        if self._stopped:
+        if self._stopped and not self._given:
             conn.close()
             return
         if not self._may_connect(conn.peer, sock):
@@ -612,6 +681,19 @@ class UnixListener:
                 conn._wait_since(None)
                 conn.framing_failed(BadRequest(f"no whole message in {self.frame_timeout:g} seconds"))
                 conn.finish()
+
+
+async def stop_accepting(server: asyncio.Server) -> None:
+    """Close `server`, without losing those that have been accepted and have no transport yet: asyncio drops
+    them if it is closed at that moment.
+    """
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, asyncio.SelectorEventLoop):  # uvloop accepts and connects in one step
+        for sock in server.sockets:
+            loop.remove_reader(sock.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    server.close()
 
 
 def encode_payload(payload: Any, wire: int, *, extended: bool = False) -> bytes:

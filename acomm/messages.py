@@ -435,6 +435,15 @@ def ok_ack(id_json: bytes, wire: int, extended: bool, accepted: Accepted | None 
     return b'{"error":"","id":%b,"result":null,"%b":null%b' % (id_json, key, tail)
 
 
+STORED_TAIL = b',"stored":true}'
+"""The end of an acknowledgement to one of our own kind: the request outlives the supervisor."""
+
+
+def stored_ack(ack: bytes) -> bytes:
+    """`ack`, and that the request is stored."""
+    return ack[:-1] + STORED_TAIL
+
+
 def error_json(error: AcommError) -> bytes:
     """The `error_info` object of `error` as JSON."""
     return _safe_json(error.info())

@@ -117,6 +117,16 @@ class BoundSocket:
         except OSError:
             pass  # gone already, or in a folder that is
 
+    @property
+    def fds(self) -> tuple[int, int]:
+        """The listening socket, and the lock that says whose the path is."""
+        return self.socket.fileno(), self._lock
+
+    def forget(self) -> None:
+        """Close the socket and the lock, which another process has, too: the path is its own now."""
+        self.socket.close()
+        os.close(self._lock)
+
     def release(self) -> None:
         """Give the path back and close the socket."""
         self.hide()
@@ -156,6 +166,14 @@ def bind(path: str, mode: int = 0o600) -> BoundSocket:
         if error.errno == errno.EADDRINUSE:
             raise AddressInUse(f"{printable(path)} was taken by another program just now") from None
         raise ConfigError(f"cannot listen at {printable(path)}: {error.strerror}") from None
+
+
+def adopt(path: str, mode: int, fds: tuple[int, int]) -> BoundSocket:
+    """The listening socket at `path`, and its lock, that another process has given us: `BoundSocket.fds`."""
+    sock = socket.socket(fileno=fds[0])
+    sock.setblocking(False)
+    os.chmod(path, mode)
+    return BoundSocket(sock, path, fds[1])
 
 
 def _lock(path: str) -> int:

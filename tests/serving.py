@@ -39,8 +39,8 @@ class Served:
         self.path = str(folder / "s.sock")
         self.url = f"unix://{self.path}"
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        notify = folder / "notify"
-        notify.unlink(missing_ok=True)
+        # Its own, as one that is replaced has things to tell yet.
+        notify = folder / f"notify-{os.urandom(4).hex()}"
         self.notify.bind(str(notify))
         self.notify.settimeout(WAIT)
         command = [sys.executable, "-m", "workers", *modules, "--socket", self.path, *arguments]

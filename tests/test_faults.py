@@ -200,7 +200,11 @@ class TestStop:
         assert served.wait() == 0
         assert family.survivors(0.5) == []
         family.close()
-        assert {path.name for path in served.folder.iterdir()} <= {"notify", "stderr", "acomm"}
+        assert {path.name.partition("-")[0] for path in served.folder.iterdir()} <= {
+            "notify",
+            "stderr",
+            "acomm",
+        }
         assert list((served.folder / "acomm").iterdir()) == []
 
     def test_a_second_signal_ends_it_at_once(self, served: Served, tmp_path: Path, started: Fifo) -> None:

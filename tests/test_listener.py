@@ -646,3 +646,42 @@ async def test_nothing_is_logged_in_ordinary_use(tmp_path: Path, caplog: pytest.
         for _ in range(3):
             await blocking(exchange, listener.addr, frame(REQUEST.encode(2)))
     assert [record for record in caplog.records if record.name.startswith("acomm")] == []
+
+
+async def test_a_socket_goes_from_one_to_another_while_peers_knock(tmp_path: Path) -> None:
+    """Nobody is refused or lost: who knocks between the two waits."""
+    first = UnixListener(tmp_path / "s.sock", on_message=acknowledging)
+    await first.start()
+    going = True
+    answers = 0
+
+    def knock() -> None:
+        nonlocal answers
+        while going:
+            assert exchange(first.addr, frame(REQUEST.encode(2))) != b""
+            answers += 1
+
+    knocking = [asyncio.create_task(asyncio.to_thread(knock)) for _ in range(4)]
+    listener = first
+    try:
+        for _ in range(20):
+            await listener.pause()
+            successor = UnixListener(tmp_path / "s.sock", on_message=acknowledging)
+            sock, lock = listener.fds
+            successor.adopt((os.dup(sock), os.dup(lock)))
+            await successor.start()
+            listener.give_away()
+            seen = answers
+            async with asyncio.timeout(WAIT):
+                while answers < seen + 10:
+                    await asyncio.sleep(0)
+                while listener.connections:
+                    await asyncio.sleep(0)
+            await listener.stop()
+            listener = successor
+    finally:
+        going = False
+        await asyncio.gather(*knocking)
+        assert os.path.exists(listener.addr)
+        await listener.stop()
+    assert not os.path.exists(listener.addr)

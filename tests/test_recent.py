@@ -112,3 +112,35 @@ class TestRecent:
         recent = Recent()
         recent.finish(response("a"), 0)
         assert len(recent) == 0
+
+
+class TestInheritance:
+    """What the supervisor has taken that was there before."""
+
+    def test_is_known_and_expected_until_it_is_done(self) -> None:
+        old, new = Recent(), Recent(seconds=10)
+        old.begin("done", b"1")
+        old.finish(response("done"), 0)
+        old.begin("running", b"2")
+        new.inherit(old.export())
+        assert new.known("done", 1) == b"1"
+        assert new.known("running", 1) == b"2"
+        assert new.expected("running", 1000)
+        new.inheritance_ended(1000, done=True)
+        assert new.expected("running", 1001)
+        assert not new.expected("running", 1006)
+        assert new.known("running", 1009) == b"2"
+        assert new.known("running", 1011) is None
+
+    def test_is_lost_with_one_that_dies(self) -> None:
+        recent = Recent()
+        recent.inherit([("a", b"1")])
+        recent.inheritance_ended(1, done=False)
+        assert recent.known("a", 1) is None
+        assert not recent.expected("a", 1)
+
+    def test_goes_to_the_next_one(self) -> None:
+        first, second = Recent(), Recent()
+        first.inherit([("a", b"1")])
+        second.inherit(first.export())
+        assert second.known("a", 0) == b"1"

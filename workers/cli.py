@@ -217,6 +217,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
 @click.option("--until-eof", is_flag=True, help="Stop also when standard input ends.")
+@click.option(
+    "--takeover", is_flag=True, help="Take the place of the supervisor at the socket, if there is one."
+)
 @click.option("--settings", hidden=True, help="All settings as JSON, and no others: for programs.")
 @_reporting
 def serve(
@@ -228,6 +231,7 @@ def serve(
     file: str | None,
     log_level: str,
     until_eof: bool,
+    takeover: bool,
     settings: str | None,
     **given: Any,
 ) -> None:
@@ -248,7 +252,9 @@ def serve(
         config = Config.load({**given, **lists}, file=file)
     else:
         config = Config.from_json(settings)
-    Supervisor(config=config).run(_announce, until_eof=until_eof)
+    supervisor = Supervisor(config=config)
+    supervisor.takes_over = takeover
+    supervisor.run(_announce, until_eof=until_eof)
 
 
 def _announce(supervisor: Any) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Hashable
 from contextlib import aclosing
 from ipaddress import ip_address
@@ -26,6 +27,7 @@ from aiohttp import web
 
 from acomm import jsontext
 from acomm.accepted import Accepted
+from acomm.listener import stop_accepting
 from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
@@ -127,6 +129,7 @@ class Door:
         }
         self._server: web.Server | None = None
         self._listening: asyncio.Server | None = None
+        self._socket: socket.socket | None = None
         self._reading = {True: 0, False: 0}  # bytes, by whether their sender is trusted
         self._document: tuple[Registry, bytes] | None = None
 
@@ -146,11 +149,10 @@ class Door:
         """Listen. Tells the tracker by which URLs others reach our streams and our proxy. Raises AddressInUse
         or ConfigError.
         """
-        loop = asyncio.get_running_loop()
-        sock = listen(self._family, self._bind)
+        sock = self._socket = self._socket or listen(self._family, self._bind)
         self._address = Address(self._address.host, sock.getsockname()[1])
         self._server = web.Server(self._handle, handler_cancellation=True)
-        self._listening = await loop.create_server(self._protocol, sock=sock)
+        await self.accept()
         base = self._public or self._base()
         self._service.tracker.http_stream_url = f"{base}/stream"
         self._service.tracker.external_proxy_url = f"{base}/proxy"
@@ -164,11 +166,46 @@ class Door:
         alone = not (address.is_loopback or address.is_unspecified)
         return Address(host if alone else "localhost", self._address.port).url()
 
+    def adopt(self, fd: int) -> None:
+        """Have `start` listen at the socket of a door that was there before us, if that is where we would."""
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        bound = sock.getsockname()
+        if sock.family == self._family and bound[0] == self._bind[0] and self._bind[1] in (0, bound[1]):
+            self._socket = sock
+        else:
+            sock.close()
+
+    @property
+    def fd(self) -> int:
+        """The listening socket."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
+    async def accept(self) -> None:
+        """Take connections, as `start` does, again after `pause`."""
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(self._protocol, sock=self._socket.dup())
+
+    async def pause(self) -> None:
+        """Take no more connections; who knocks waits in the kernel's queue."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            await stop_accepting(listening)
+
+    def give_away(self) -> None:
+        """The socket is another process's now; our connections go on."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     async def close(self, timeout: float) -> None:
         """Accept no more; give requests under way `timeout` seconds to be answered."""
         if self._listening is not None:
             self._listening.close()
             self._listening = None
+        self.give_away()
         if self._server is not None:
             self._server.pre_shutdown()
             await self._server.shutdown(max(timeout, _AT_ONCE))

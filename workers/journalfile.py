@@ -342,6 +342,11 @@ class JournalFile:
         found = self._db.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (id,)).fetchone()
         return None if found is None else Row(*found)
 
+    def undone(self, ids: Sequence[str]) -> list[str]:
+        """Those of the requests that have not been delivered."""
+        rows = [self.find(id) for id in ids]
+        return [row.id for row in rows if row is not None and row.state in (ACCEPTED, ENDED)]
+
     def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
         """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order."""
         rows = self._db.execute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from acomm.messages import Request, Response
 
 KEEP_SECONDS = 600.0
 KEEP_IDS = 100_000
+JUST_NOW = 5.0
+"""Seconds for which an answer that was given may still be on its way."""
+
 KEEP_BYTES = 64 * 1024 * 1024
 """Bytes of answers kept for repeats, in all."""
 
@@ -48,6 +52,8 @@ class Recent:
         self._in_flight: dict[str, bytes] = {}
         self._done: OrderedDict[str, Done] = OrderedDict()
         self._bytes = 0
+        self._inherited: dict[str, bytes] = {}
+        self._inherited_at: float | None = None
 
     def __len__(self) -> int:
         return len(self._in_flight) + len(self._done)
@@ -60,10 +66,35 @@ class Recent:
         """The digest of a known id."""
         self._forget(now)
         digest = self._in_flight.get(id)
+        if digest is None and self._inherited:
+            digest = self._inherited.get(id)
         if digest is not None:
             return digest
         done = self._done.get(id)
         return None if done is None else done.digest
+
+    def expected(self, id: str, now: float) -> bool:
+        """Whether the answer under an id is to come, or was given just now."""
+        done = self._done.get(id)
+        if id in self._inherited and (self._inherited_at is None or self._inherited_at > now - JUST_NOW):
+            return True
+        return id in self._in_flight or (done is not None and done.when > now - JUST_NOW)
+
+    def export(self) -> list[tuple[str, bytes]]:
+        """All ids that are known, with their digests."""
+        done = [(id, each.digest) for id, each in self._done.items()]
+        return [*self._inherited.items(), *done, *self._in_flight.items()]
+
+    def inherit(self, ids: Iterable[tuple[str, bytes]]) -> None:
+        """These belong to the supervisor that was here before us, which answers them yet."""
+        self._inherited.update(ids)
+        self._inherited_at = None
+
+    def inheritance_ended(self, now: float, *, done: bool) -> None:
+        """That supervisor has ended: when it was `done` with them, or it has lost them."""
+        self._inherited_at = now
+        if not done:
+            self._inherited.clear()
 
     def answer(self, id: str) -> Response | None:
         """The answer that was given under an id."""
@@ -81,6 +112,8 @@ class Recent:
         self._forget(now)
 
     def _forget(self, now: float) -> None:
+        if self._inherited and self._inherited_at is not None and self._inherited_at < now - self._seconds:
+            self._inherited.clear()
         while self._done:
             oldest = next(iter(self._done.values()))
             if (

@@ -32,6 +32,7 @@ IN_FLIGHT = 1000
 MAX_PENDING = 20_000
 """Answers on their way beyond which no more are read from the file."""
 
+_ASKED_AT_ONCE = 500  # rows that are looked up between two commits
 _CHECK = 0.05  # seconds between looks whether there is room
 _NO_FAULT = frozenset({"cancelled"})
 """Errors by which nobody has failed: such requests are not kept."""
@@ -78,6 +79,14 @@ class StoredRequests:
             "commits": journal.commits,
             "rows": journal.rows,
         }
+
+    async def undone(self, ids: list[str]) -> list[str]:
+        """Those of the requests that have not been delivered, in the file as well."""
+        found = [id for id in ids if id in self._seqs]
+        rest = [id for id in ids if id not in self._seqs]
+        for start in range(0, len(rest), _ASKED_AT_ONCE):
+            found += await self.journal.ask(self.journal.file.undone, rest[start : start + _ASKED_AT_ONCE])
+        return found
 
     def store(
         self, request: Request, content: bytes, origin: Origin, stored: Stored, message: bytes | None = None

@@ -24,12 +24,12 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from acomm import handlers, streamsocket
+from acomm import handlers, socketpath, streamsocket
 from acomm.accepted import Accepted
 from acomm.egress import Policy
 from acomm.errors import AcommError
@@ -37,7 +37,7 @@ from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.tracker import HANDLER_WAIT, Tracker
 from acomm.urls import unix_path, unix_url
-from workers import service
+from workers import service, takeover
 from workers.admission import Account, Admission
 from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
@@ -181,6 +181,9 @@ class Supervisor:
         self._reloader = Reloader(self.pool, self.config.modules, self._follow)
         self.leaving = asyncio.Event()
         self._patience: float | None = None
+        self._handing_over: takeover.HandOver | None = None
+        self._handing: asyncio.Task[None] | None = None
+        self.takes_over = False  # set before `start`: take the place of the one that is there
         self.ends_itself = False  # set by who runs it until it is `leaving`
 
     def __repr__(self) -> str:
@@ -209,20 +212,24 @@ class Supervisor:
         """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
-        if self.config.journal is not None:
+        if self.config.journal is not None and not self.takes_over:
             self._open_journal(self.config.journal)
         try:
             self.pool.start()
         except BaseException:
             await self._close_journal()
             raise
+        offer: takeover.Offer | None = None
         try:
             await self._workers_ready()
             await self.tracker.start()
+            offer = await self._take_over() if self.takes_over else None
             if self.door is not None:
                 await self.door.start()
             await self.unix.start()
         except BaseException:
+            if offer is not None:
+                self._leave_sockets()  # the old one goes on with them
             await self.unix.stop()
             if self.door is not None:
                 await self.door.close(0)
@@ -230,11 +237,44 @@ class Supervisor:
             await self._close_journal()
             self._release()
             raise
+        if offer is not None:
+            following = self._loop.create_task(offer.follow(_Ids(self._recent)))
+            self._errands.add(following)
+            following.add_done_callback(self._errands.discard)
         if self.stored is not None:
             self._recovery = Recovery(
                 self.stored, self.take_up, lambda: self.tracker.delivery.pending, self.pool.size
             )
             self._recovering = self._loop.create_task(self._recover(self._recovery))
+
+    async def _take_over(self) -> takeover.Offer | None:
+        """Have the sockets of the supervisor that is there, if one is, and open the journal."""
+        offer = await takeover.ask(self.config.socket, self.config.journal)
+        if offer is not None:
+            await offer.agreed()
+            self._adopt(offer)
+        if self.config.journal is not None:
+            self._open_journal(self.config.journal)
+        return offer
+
+    def _adopt(self, offer: takeover.Offer) -> None:
+        ours = {os.path.abspath(listener.addr): listener for listener in self.unix.listeners()}
+        for path, fds in offer.unix.items():
+            if path in ours:
+                ours[path].adopt(fds)
+            else:  # a task that is not served any more
+                socketpath.adopt(path, 0o600, fds).release()
+        if offer.http is not None:
+            if self.door is not None:
+                self.door.adopt(offer.http)
+            else:
+                os.close(offer.http)
+
+    def _leave_sockets(self) -> None:
+        for listener in self.unix.listeners():
+            listener.give_away()
+        if self.door is not None:
+            self.door.give_away()
 
     def _open_journal(self, path: str) -> None:
         file = JournalFile(path, full=self.config.durability == "power")
@@ -289,6 +329,7 @@ class Supervisor:
             return
         if drain_timeout is None:
             drain_timeout = self.config.drain_timeout
+        await self._end_handing_over()
         self.begin_draining()
         deadline = self._loop.time() + drain_timeout
         assert self._idle is not None
@@ -317,6 +358,8 @@ class Supervisor:
         finally:
             try:
                 await self._close_journal()
+                if self._handing_over is not None:
+                    await self._handing_over.bye()
             finally:
                 self._release()
 
@@ -381,6 +424,60 @@ class Supervisor:
         self.begin_draining()
         self.leaving.set()
         return {"pid": os.getpid(), "unfinished": self.unfinished}
+
+    def hand_over(self, path: str, journal: str | None) -> dict[str, Any]:
+        """Give our sockets to the supervisor that listens at `path`, and end when all is done. Raises
+        Conflict when it has another journal, or another takes over already.
+        """
+        if not self.ends_itself:
+            raise BadRequest("this supervisor is part of a program, which has to end it")
+        if self.draining:
+            raise ShuttingDown("the supervisor is stopping")
+        if self._handing_over is not None:
+            raise Conflict("another supervisor takes over just now")
+        takeover.check(self.config.journal, journal)
+        self._handing_over = takeover.HandOver(_Old(self))
+        errand = self._loop.create_task(self._hand_over(self._handing_over, path))
+        self._handing = errand
+        return {"pid": os.getpid()}
+
+    async def _hand_over(self, handing: takeover.HandOver, path: str) -> None:
+        try:
+            await handing.run(path)
+        except Exception:
+            log.exception("handing over failed")
+        if not handing.given:
+            self._handing_over = None
+
+    async def _end_handing_over(self) -> None:
+        if self._handing is not None and not self._handing.done():
+            self._handing.cancel()
+            await asyncio.wait({self._handing})
+        if self._handing_over is not None:
+            await self._handing_over.abandon()
+
+    async def rest(self, gone: asyncio.Event) -> bool:
+        """Take no more, and let what runs end within the time for that. False, and we go on, when `gone` is
+        set before.
+        """
+        assert self._idle is not None
+        self.draining = True
+        self._idle.clear()
+        self._look_idle()
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self._idle, gone)]
+        timeout = self.config.drain_timeout
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for each in waiting:
+            each.cancel()
+        if gone.is_set():
+            self.draining = False
+        return not gone.is_set()
+
+    def depart(self, patience: float | None) -> None:
+        """End when all is done, or after `patience` seconds."""
+        self._patience = patience
+        self.draining = True
+        self.leaving.set()
 
     async def finished(self) -> bool:
         """Wait until all that was accepted is done and its hooks know; False if the patience of who has asked
@@ -919,6 +1016,14 @@ class Supervisor:
         """The call of a request that has not ended."""
         return self._calls.get(id) or self._streams.get(id)
 
+    async def known(self, ids: list[str]) -> list[str]:
+        """Those of the requests whose answer is to come, or on its way."""
+        now = time.monotonic()
+        found = {id for id in ids if self._recent.expected(id, now)}
+        if self.stored is not None and (rest := [id for id in ids if id not in found]):
+            found.update(await self.stored.undone(rest))
+        return list(found)
+
     def cancel(self, call: Call) -> None:
         """Stop a call, even one that runs."""
         outcome = self.pool.cancel(call.number)
@@ -972,6 +1077,40 @@ class Supervisor:
             "workers": [_told(worker) for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+
+class _Ids:
+    """The ids that we know, for who takes over from us, and from who was before us."""
+
+    def __init__(self, recent: Recent) -> None:
+        self._recent = recent
+
+    def export(self) -> list[tuple[str, bytes]]:
+        return self._recent.export()
+
+    def inherit(self, ids: Iterable[tuple[str, bytes]]) -> None:
+        self._recent.inherit(ids)
+
+    def inheritance_ended(self, done: bool) -> None:
+        self._recent.inheritance_ended(time.monotonic(), done=done)
+
+
+class _Old:
+    """We, for who takes over from us."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.listeners = supervisor.unix.listeners
+        self.rest = supervisor.rest
+
+    def http(self) -> Door | None:
+        return self._supervisor.door
+
+    def ids(self) -> _Ids | None:
+        return None if self._supervisor.stored is not None else _Ids(self._supervisor._recent)
+
+    def depart(self) -> None:
+        self._supervisor.depart(None if self._supervisor.stored is None else 0.0)
 
 
 def _told(worker: WorkerInfo) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import msgspec
 
 from acomm.accepted import Accepted
 from acomm.listener import Connection, UnixListener
-from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.messages import RESERVED, Request, Response, ok_ack, salvage, stored_ack
 from acomm.origin import Origin
 from acomm.room import Room
 from acomm.tracker import Tracker
@@ -131,6 +131,10 @@ class UnixDoor:
                     f"cannot give the socket {printable(path)} to group {group}: {error.strerror}"
                 ) from None
 
+    def listeners(self) -> list[UnixListener]:
+        """All listeners: our own, then the provider's."""
+        return [self.listener, *(self.provider.listeners.values() if self.provider else ())]
+
     async def follow(self, tasks: Iterable[str]) -> None:
         """Serve these tasks from now on; those that it had, if it raises AddressInUse or ConfigError."""
         if self.provider is not None:
@@ -172,7 +176,7 @@ class UnixDoor:
             if refusal is not None:
                 self._refuse(conn, ticket, request, origin, refusal)
             elif not raw:
-                ack = ok_ack(_quote(request.id), request.wire, request.extended, accepted)
+                ack = self._ack(request, accepted)
                 conn.acknowledge(ack, grants=request.extended, ticket=ticket)
                 if request.task in self._service.registry.end_with_callers:
                     self._wait_for_answer(conn, request)
@@ -183,6 +187,12 @@ class UnixDoor:
             decided(refusal)
         else:
             self._service.offer(request, origin, decided, message=None if raw else data)
+
+    def _ack(self, request: Request, accepted: Accepted | None) -> bytes:
+        ack = ok_ack(_quote(request.id), request.wire, request.extended, accepted)
+        if request.extended and self._config.journal is not None and not request.task.startswith(RESERVED):
+            ack = stored_ack(ack)
+        return ack
 
     def _wait_for_answer(self, conn: Connection, request: Request) -> None:
         """The call goes with its connection, if that is one that stays until the answer."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from acomm.jsontext import parse
 from acomm.messages import Request
 from acomm.origin import Origin
-from workers import failed
+from workers import failed, takeover
 from workers.calls import Call
 from workers.errors import BadArgs, Forbidden, UnknownTask, printable
 from workers.failed import FailedRequests
@@ -28,6 +28,9 @@ class Service(failed.Service, Protocol):
     def under_way(self, id: str) -> Call | None:
         """The call of a request that has not ended."""
 
+    async def known(self, ids: list[str]) -> list[str]:
+        """Those of the requests whose answer is to come, or on its way."""
+
     def cancel(self, call: Call) -> None:
         """Stop a call, even one that runs."""
 
@@ -36,6 +39,9 @@ class Service(failed.Service, Protocol):
 
     async def reload(self) -> dict[str, Any]:
         """Load the tasks anew."""
+
+    def hand_over(self, path: str, journal: str | None) -> dict[str, Any]:
+        """Give our sockets to who listens at `path`."""
 
     def drain(self, timeout: float | None) -> dict[str, Any]:
         """Take no more, and end when all is done."""
@@ -52,8 +58,10 @@ class Verbs:
             "acomm.stats": self._stats,
             "acomm.cancel": self._cancel,
             "acomm.progress": self._progress,
+            "acomm.known": self._known,
             "acomm.reload": self._reload,
             "acomm.drain": self._drain,
+            "acomm.takeover": self._takeover,
         }
 
     def answer(self, request: Request, origin: Origin) -> Any:
@@ -86,13 +94,13 @@ class Verbs:
         """How far the requests are whose ids are the arguments, in a list or one by one; those that are not
         under way are left out.
         """
-        ids = _arguments(request)
-        if len(ids) == 1 and isinstance(ids[0], list):
-            ids = ids[0]
-        if len(ids) > MAX_ASKED or not all(isinstance(id, str) for id in ids):
-            raise BadArgs(f"acomm.progress takes a list of ids of requests, {MAX_ASKED} at most")
+        ids = _ids(request)
         calls = {id: self._service.under_way(id) for id in ids}
         return {id: self._service.look(call)._asdict() for id, call in calls.items() if call is not None}
+
+    def _known(self, request: Request, origin: Origin) -> Awaitable[list[str]]:
+        """Which of the requests, given as for `acomm.progress`, have an answer to come or on its way."""
+        return self._service.known(_ids(request))
 
     def _reload(self, request: Request, origin: Origin) -> Awaitable[dict[str, Any]]:
         """Load the tasks anew; the answer comes when new workers serve, or with the error of the new code."""
@@ -109,10 +117,24 @@ class Verbs:
             raise BadArgs("acomm.drain takes the seconds to wait at most, or nothing")
         return self._service.drain(timeout)
 
+    def _takeover(self, request: Request, origin: Origin) -> dict[str, Any]:
+        """Hand over to the supervisor that listens at the first argument; the second is its journal."""
+        _only_for_us(request, origin)
+        return self._service.hand_over(*takeover.asked(_arguments(request)))
+
 
 def _only_for_us(request: Request, origin: Origin) -> None:
     if not origin.local:
         raise Forbidden(f"{request.task} is for the supervisor's own user and root, over its unix socket")
+
+
+def _ids(request: Request) -> list[str]:
+    ids = _arguments(request)
+    if len(ids) == 1 and isinstance(ids[0], list):
+        ids = ids[0]
+    if len(ids) > MAX_ASKED or not all(isinstance(id, str) for id in ids):
+        raise BadArgs(f"{request.task} takes a list of ids of requests, {MAX_ASKED} at most")
+    return ids
 
 
 def _arguments(request: Request) -> list[Any]:
