@@ -18,6 +18,9 @@ from workers.errors import ConfigError, printable
 
 PREFIX = "ACOMM_"
 
+MAX_CONNECTIONS = 10_000
+"""Open connections to the unix sockets, unless another number is asked for."""
+
 HTTP_CONNECTIONS = 1024
 """Connections that the HTTP door takes at a time."""
 
@@ -75,7 +78,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_frame: Annotated[int, msgspec.Meta(ge=1024, le=LARGEST_MAX_FRAME)] = DEFAULT_MAX_FRAME
     max_queued: Count = 100_000
     max_queued_bytes: Bytes = 512 * 1024 * 1024
-    max_connections: Count = 10_000
+    max_connections: Count = MAX_CONNECTIONS
     max_unread_bytes: Bytes | None = None
     max_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     journal: Annotated[str, msgspec.Meta(min_length=1)] | None = None

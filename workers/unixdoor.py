@@ -20,7 +20,7 @@ from acomm.room import Room
 from acomm.tracker import Tracker
 from workers import descriptors
 from workers.callers import GRACE, Callers
-from workers.config import HTTP_CONNECTIONS, Config
+from workers.config import HTTP_CONNECTIONS, MAX_CONNECTIONS, Config
 from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
 from workers.provider import Provider
 from workers.registry import Registry
@@ -112,7 +112,10 @@ class UnixDoor:
         http = 0 if self._config.http is None else HTTP_CONNECTIONS
         taken = descriptors.connections(wanted, limit, workers=self._config.workers, others=http)
         if taken < wanted:
-            log.warning(
+            # Who has not asked for a number wants to hear of it only if it is small.
+            asked = wanted != MAX_CONNECTIONS or taken < MAX_CONNECTIONS // 10
+            log.log(
+                logging.WARNING if asked else logging.DEBUG,
                 "at most %d connections are taken, and not %d (max_connections), as only %d descriptors may "
                 "be open (ulimit -n)",
                 taken,
