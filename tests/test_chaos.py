@@ -170,19 +170,23 @@ def chaos(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 class TestRuns:
     def test_nothing_that_was_promised_is_broken(self) -> None:
         faults = "worker,template,supervisor,stop,hooks,disk,cut,flood"
-        words = ["--minutes", "0.35", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
+        words = ["--minutes", "0.2", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
         done = chaos(*words, "--faults", faults)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_without_a_journal_nothing_but_a_dead_supervisors_calls_is_lost(self) -> None:
-        done = chaos("--no-journal", "--minutes", "0.15", "--faults", "worker,template,supervisor,cut")
+        done = chaos("--no-journal", "--minutes", "0.1", "--faults", "worker,template,supervisor,cut")
         assert done.returncode == 0, done.stdout + done.stderr
 
     @pytest.mark.parametrize(
         ("planted", "kind", "faults"),
         [("drop", "lost", "worker"), ("twice", "two outcomes", "worker"), ("forget", "lost", "supervisor")],
     )
-    def test_a_planted_defect_is_found(self, tmp_path: Path, planted: str, kind: str, faults: str) -> None:
+    def test_a_planted_defect_is_found(
+        self, rounds: range, tmp_path: Path, planted: str, kind: str, faults: str
+    ) -> None:
+        if len(rounds) == 1 and planted != "forget":
+            pytest.skip("takes a quarter of a minute: with --rounds 2 or more")
         words = ["--minutes", "0.13", "--settle", "3", "--faults", faults, "--seed", "5", "--fault-rate", "4"]
         words += ["--keep", str(tmp_path / "run"), "--supervisor", str(ROOT / "tests" / "planted.py")]
         done = chaos(*words, PLANTED=planted)
