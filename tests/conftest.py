@@ -76,3 +76,8 @@ def release(tmp_path: Path) -> Iterator[Fifo]:
     fifo = Fifo(tmp_path / "release")
     yield fifo
     fifo.close()
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> range:
+    return range(request.config.getoption("--rounds"))

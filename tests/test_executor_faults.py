@@ -27,11 +27,6 @@ DEADLINE = 60.0
 """Seconds; nothing here waits for it unless it fails."""
 
 
-@pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> range:
-    return range(request.config.getoption("--rounds"))
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
     before = state()
