@@ -16,10 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from ipaddress import ip_address
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
@@ -32,10 +32,8 @@ from acomm.messages import Request, Response, ok_ack, salvage
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream
-from acomm.tracker import Tracker
 from workers import httpreplies as replies
-from workers.callers import Callers
-from workers.config import HTTP_CONNECTIONS, Config
+from workers.config import HTTP_CONNECTIONS
 from workers.errors import (
     AcommError,
     BadRequest,
@@ -48,9 +46,9 @@ from workers.errors import (
     printable,
 )
 from workers.httpaccess import Address, Hosts, Token, check_public_url, is_address, is_loopback, listen
+from workers.offering import Resolve, Service
 from workers.openapi import STREAM_TYPES, describe
 from workers.registry import Registry
-from workers.unixdoor import Decided
 
 log = logging.getLogger("acomm.door")
 
@@ -65,33 +63,6 @@ _CONNECTION: dict[str, Any] = {
     "keepalive_timeout": READ_TIMEOUT,
     "auto_decompress": False,  # a small body may unfold to any size
 }
-
-
-class Service(Protocol):
-    """What the door knows of the supervisor."""
-
-    config: Config
-    registry: Registry
-    tracker: Tracker
-    callers: Callers
-
-    def offer(
-        self,
-        request: Request,
-        origin: Origin,
-        decided: Decided,
-        resolve: Callable[[Response], None] | None = None,
-    ) -> None:
-        """Take a request, or say why not."""
-
-    def refused(self, error: AcommError) -> None:
-        """Count a refusal."""
-
-    def caller_left(self, caller: Hashable) -> None:
-        """Cancel the calls that nobody waits for any more."""
-
-    def unready(self) -> str | None:
-        """Why no work is taken now; None if it is."""
 
 
 class _Route(NamedTuple):
@@ -331,7 +302,7 @@ class Door:
         self,
         request: Request,
         trusted: bool,
-        resolve: Callable[[Response], None] | None = None,
+        resolve: Resolve | None = None,
         gone: Callable[[], None] | None = None,
     ) -> tuple[AcommError | None, Accepted | None]:
         """Why the supervisor does not take a request, None if it has; and where that stands. `gone` is called

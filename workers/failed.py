@@ -13,7 +13,8 @@ from acomm.messages import Request, Response, error_json
 from acomm.origin import Origin
 from workers.errors import AcommError, BadArgs, Busy, Forbidden, printable
 from workers.journalfile import UNDELIVERED, Row
-from workers.stored import Left, StoredRequests
+from workers.keeping import Keeper
+from workers.stored import StoredRequests
 
 MOST = 1000
 """Requests that are listed at once."""
@@ -22,10 +23,7 @@ MOST = 1000
 class Service(Protocol):
     """What this knows of the supervisor."""
 
-    stored: StoredRequests | None
-
-    def take_up(self, left: Left) -> None:
-        """Have a stored request run, or its answer delivered."""
+    keeper: Keeper | None
 
 
 class _List(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,9 +59,12 @@ class FailedRequests:
         # Arguments and results of everybody's requests are told here.
         if not (origin.local or origin.trusted):
             raise Forbidden("only the supervisor's own user may look at failed requests")
-        if self._service.stored is None:
+        return self._keeper().stored
+
+    def _keeper(self) -> Keeper:
+        if self._service.keeper is None:
             raise BadArgs("this supervisor keeps no failed requests: start it with --journal PATH")
-        return self._service.stored
+        return self._service.keeper
 
     async def _failed(self, request: Request, origin: Origin) -> Any:
         """The latest failed requests, or all that is known of one."""
@@ -86,7 +87,7 @@ class FailedRequests:
         await _ask(stored, stored.journal.file.replay, row.seq)
         again = await _ask(stored, stored.journal.file.find, asked.id)
         if again is not None and (left := stored.take_up(again)) is not None:
-            self._service.take_up(left)
+            self._keeper().take_up(left)
         return True
 
     async def _purge(self, request: Request, origin: Origin) -> int:

@@ -25,10 +25,11 @@ class Service(Protocol):
     the reason that `failure` tells.
     """
 
-    leaving: asyncio.Event
     failed: asyncio.Event
     failure: str | None
 
+    @property
+    def leaving(self) -> asyncio.Event: ...
     @property
     def unfinished(self) -> int: ...
     async def reload(self) -> object: ...

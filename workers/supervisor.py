@@ -13,32 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import functools
-import inspect
 import logging
-import math
 import os
 import resource
-import sqlite3
-import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from acomm import handlers, socketpath, streamsocket
-from acomm.accepted import Accepted
+from acomm import streamsocket
 from acomm.egress import Policy
 from acomm.errors import AcommError
 from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
-from acomm.tracker import HANDLER_WAIT, Tracker
+from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
 from workers import service, takeover
-from workers.admission import Account, Admission
+from workers.admission import Admission
 from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
 from workers.config import Config
@@ -49,22 +43,19 @@ from workers.errors import (
     CallCancelled,
     ConfigError,
     Conflict,
-    Forbidden,
     ShuttingDown,
-    UnknownTask,
     printable,
 )
-from workers.forecast import Forecast
+from workers.examining import Examined, Examiner, args_size, call_of
 from workers.handlerthreads import HandlerThreads
-from workers.journal import Journal
-from workers.journalfile import JournalFile, Row
-from workers.lanes import UNLIMITED
+from workers.keeping import Keeper
+from workers.offering import Decided, Resolve
+from workers.operation import Operation
+from workers.outlook import Outlook
 from workers.pool import CallInfo, Pool, WorkerInfo
 from workers.recent import Recent, digest
-from workers.registry import Registry, Task
-from workers.reloading import Reloader
-from workers.stored import Left, Recovery, StoredRequests
-from workers.unixdoor import Decided, UnixDoor
+from workers.registry import Registry
+from workers.unixdoor import UnixDoor
 from workers.verbs import Verbs
 
 if TYPE_CHECKING:
@@ -79,39 +70,7 @@ LAST_POSTS = 1.0
 _AFTER_FAULT = 0.1
 """Seconds of pause after a fault of our own: it may come at once again."""
 
-_SWITCH = 0.0005
-"""Seconds after which a thread gives the interpreter to another that waits for it."""
-
-_GAP_LASTS = 0.01
-"""Seconds for which an estimate of how fast calls end is good."""
-
-_GIVE_UP_AFTER = 24 * 3600.0
-"""Seconds after which a stored answer that its hook does not take is a dead letter."""
-
-_ADMITTED_FOR = 1.0
-_MAX_ADMITTED = 4096
-"""Seconds, and URLs, for which a URL that the policy has let pass is not looked at again."""
-
 _INTERNAL = "the supervisor failed at this request; its log tells why"
-
-_quote = msgspec.json.encode
-
-Resolve = Callable[[Response], None]
-
-
-class Examined(NamedTuple):
-    """A request that may be done, and its digest: by a `task` of ours, whose call has this `key`, or by the
-    service at its task URL. `size` is that of its arguments, which count for `account`.
-    """
-
-    request: Request
-    content: bytes
-    origin: Origin
-    account: Account
-    size: int
-    resolve: Resolve | None = None
-    task: Task[..., Any] | None = None
-    key: bytes | None = None
 
 
 class Supervisor:
@@ -130,10 +89,10 @@ class Supervisor:
         self.config: Config = config or Config.load({"modules": modules or None, **settings}, environ={})
         if not self.config.modules:
             raise ConfigError("no modules: name at least one that has tasks")
-        self.registry = Registry.from_modules(self.config.modules)
+        registry = Registry.from_modules(self.config.modules)
         self.pool = Pool(
-            self.registry.modules,
-            self.registry.paths,
+            registry.modules,
+            registry.paths,
             workers=self.config.workers,
             min_workers=self.config.min_workers,
             # A response is a frame too, and its envelope wants some room.
@@ -151,26 +110,26 @@ class Supervisor:
         self.policy = Policy(self.config.allow_hook)
         self.tracker = Tracker(executor=self._executor, policy=self.policy)
         self.admission = Admission(self.config.max_queued, self.config.max_queued_bytes, self.config.share)
-        self._forecast = Forecast()
-        self.stored: StoredRequests | None = None
-        self._left = False
-        self._known_gap: tuple[float | None, float] = (None, 0.0)
-        self._recovery: Recovery | None = None
-        self._recovering: asyncio.Task[None] | None = None
+        self.outlook = Outlook(self.pool)
+        self.keeper: Keeper | None = None
         self.failed = asyncio.Event()
         self.failure: str | None = None
         self.callers = Callers()
+        self.examiner = Examiner(registry, self.policy, self.tracker)
         self.unix = UnixDoor(self)
+        self.examiner.url = self.url
         self.draining = False
         self.door = self._make_door()
-        self._recent = Recent()
+        self.recent = Recent()
+        self.errands: set[asyncio.Task[None]] = set()
+        self.takes_over = False  # set before `start`: take the place of the one that is there
+        self.ends_itself = False  # set by who runs it until it is `leaving`
+        self._operation = Operation(self)
+        self._verbs = Verbs(self, self._operation)
         self._calls: dict[str, Call] = {}
         self._forwarded: set[str] = set()
-        self._admitted: dict[tuple[str, Origin], float] = {}
         self._streams: dict[str, Call] = {}  # answered, and still under way
         self._stream_ends: Counter[str] = Counter()
-        self._verbs = Verbs(self)
-        self._errands: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
         self._drive_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -178,13 +137,6 @@ class Supervisor:
         self._idle: asyncio.Event | None = None
         self._released = False
         self._started_at = time.monotonic()
-        self._reloader = Reloader(self.pool, self.config.modules, self._follow)
-        self.leaving = asyncio.Event()
-        self._patience: float | None = None
-        self._handing_over: takeover.HandOver | None = None
-        self._handing: asyncio.Task[None] | None = None
-        self.takes_over = False  # set before `start`: take the place of the one that is there
-        self.ends_itself = False  # set by who runs it until it is `leaving`
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.config.socket}, {self.pool!r}>"
@@ -193,6 +145,35 @@ class Supervisor:
     def url(self) -> str:
         """Where requests are sent."""
         return self.unix.url
+
+    @property
+    def registry(self) -> Registry:
+        """The tasks that are served."""
+        return self.examiner.registry
+
+    async def follow(self, registry: Registry) -> None:
+        """Serve these tasks from now on. Raises AddressInUse, ConfigError; those before are served then."""
+        await self.unix.follow(registry)
+        self.examiner.registry = registry
+
+    @property
+    def leaving(self) -> asyncio.Event:
+        """Set when somebody has asked us to end once we have `finished`."""
+        return self._operation.leaving
+
+    async def finished(self) -> bool:
+        """See `Operation.finished`."""
+        return await self._operation.finished()
+
+    async def reload(self) -> dict[str, Any]:
+        """See `Operation.reload`."""
+        return await self._operation.reload()
+
+    def cannot_go_on(self, why: str) -> None:
+        """End: nothing can be promised any more."""
+        self.failure = why
+        self.draining = True
+        self.failed.set()
 
     def _make_door(self) -> Door | None:
         if self.config.http is None:
@@ -212,8 +193,8 @@ class Supervisor:
         """
         self._loop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
-        if self.config.journal is not None and not self.takes_over:
-            self._open_journal(self.config.journal)
+        if not self.takes_over:
+            self._open_journal()
         try:
             self.pool.start()
         except BaseException:
@@ -223,13 +204,15 @@ class Supervisor:
         try:
             await self._workers_ready()
             await self.tracker.start()
-            offer = await self._take_over() if self.takes_over else None
+            if self.takes_over:
+                offer = await self._operation.take_over()
+                self._open_journal()
             if self.door is not None:
                 await self.door.start()
             await self.unix.start()
         except BaseException:
             if offer is not None:
-                self._leave_sockets()  # the old one goes on with them
+                self._operation.leave_sockets()  # the old one goes on with them
             await self.unix.stop()
             if self.door is not None:
                 await self.door.close(0)
@@ -238,68 +221,20 @@ class Supervisor:
             self._release()
             raise
         if offer is not None:
-            following = self._loop.create_task(offer.follow(_Ids(self._recent)))
-            self._errands.add(following)
-            following.add_done_callback(self._errands.discard)
-        if self.stored is not None:
-            self._recovery = Recovery(
-                self.stored, self.take_up, lambda: self.tracker.delivery.pending, self.pool.size
-            )
-            self._recovering = self._loop.create_task(self._recover(self._recovery))
+            self._operation.follow(offer)
+        if self.keeper is not None:
+            self.keeper.recover()
 
-    async def _take_over(self) -> takeover.Offer | None:
-        """Have the sockets of the supervisor that is there, if one is, and open the journal."""
-        offer = await takeover.ask(self.config.socket, self.config.journal)
-        if offer is not None:
-            await offer.agreed()
-            self._adopt(offer)
-        if self.config.journal is not None:
-            self._open_journal(self.config.journal)
-        return offer
-
-    def _adopt(self, offer: takeover.Offer) -> None:
-        ours = {os.path.abspath(listener.addr): listener for listener in self.unix.listeners()}
-        for path, fds in offer.unix.items():
-            if path in ours:
-                ours[path].adopt(fds)
-            else:  # a task that is not served any more
-                socketpath.adopt(path, 0o600, fds).release()
-        if offer.http is not None:
-            if self.door is not None:
-                self.door.adopt(offer.http)
-            else:
-                os.close(offer.http)
-
-    def _leave_sockets(self) -> None:
-        for listener in self.unix.listeners():
-            listener.give_away()
-        if self.door is not None:
-            self.door.give_away()
-
-    def _open_journal(self, path: str) -> None:
-        file = JournalFile(path, full=self.config.durability == "power")
-        journal = Journal(file, self._journal_failed)
-        self.stored = StoredRequests(journal)
-        self.tracker.delivery.give_up_after = _GIVE_UP_AFTER
-        journal.start()
-        # Its thread is away from the interpreter for a commit, and else would have to ask for it back for
-        # as long as this says.
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH))
+    def _open_journal(self) -> None:
+        path = self.config.journal
+        if path is not None:
+            full = self.config.durability == "power"
+            self.keeper = Keeper(self, path, full=full, few=self.pool.size)
+            self.keeper.start()
 
     async def _close_journal(self) -> None:
-        if self._recovering is not None:
-            self._recovering.cancel()
-            await asyncio.wait({self._recovering})
-        if self.stored is not None:
-            await self.stored.journal.close()
-
-    async def _recover(self, recovery: Recovery) -> None:
-        try:
-            await recovery.run()
-        except sqlite3.Error as error:
-            self._journal_failed(str(error))
-        except Exception:
-            log.exception("what earlier supervisors have left could not be taken up")
+        if self.keeper is not None:
+            await self.keeper.close()
 
     async def _workers_ready(self) -> None:
         ready = asyncio.Event()
@@ -329,15 +264,14 @@ class Supervisor:
             return
         if drain_timeout is None:
             drain_timeout = self.config.drain_timeout
-        await self._end_handing_over()
+        await self._operation.end_handing_over()
         self.begin_draining()
         deadline = self._loop.time() + drain_timeout
-        assert self._idle is not None
         if self.unfinished and drain_timeout > 0:
-            self._idle.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), drain_timeout)
-        await self._leave_stored()
+                await asyncio.wait_for(self.idle(), drain_timeout)
+        if self.keeper is not None:
+            await self.keeper.leave()
         for id in list(self._calls):
             self._end(id, Response(id, error=ShuttingDown("the supervisor stopped before the task ended")))
         for id in list(self._forwarded):
@@ -358,145 +292,13 @@ class Supervisor:
         finally:
             try:
                 await self._close_journal()
-                if self._handing_over is not None:
-                    await self._handing_over.bye()
+                await self._operation.bye()
             finally:
                 self._release()
-
-    async def _leave_stored(self) -> None:
-        """Leave what is stored to the next supervisor; it was no death, and does not count as one."""
-        if self.stored is None:
-            return
-        if self._recovering is not None:
-            self._recovering.cancel()
-            await asyncio.wait({self._recovering})
-        self._left = True
-        # Those whose answer waits for its commit, too: it is for the next one to tell.
-        for id in [id for id in self.stored if self.tracker.tracked(id) is not None]:
-            self.tracker.remove_request(id)
-            self.stored.leave(id)
-            self._calls.pop(id, None)
-            self._forwarded.discard(id)
-        if self._recovery is not None and (rows := self._recovery.left()):
-            journal = self.stored.journal
-            if journal.broken is None:
-                with contextlib.suppress(sqlite3.Error):
-                    await journal.ask(journal.file.put_back, rows)
 
     def begin_draining(self) -> None:
         self.draining = True
         self.unix.begin_draining()
-
-    # -- operation ----------------------------------------------------------------------------------
-
-    async def reload(self) -> dict[str, Any]:
-        """Serve new code: load the task modules again, and replace the workers one after the other, while
-        calls go on. Raises AcommError when the new code cannot be used, and serves the old; the log tells.
-        """
-        service.notify_reloading()
-        try:
-            if self.draining:
-                raise ShuttingDown("the supervisor is stopping")
-            await self._reloader.reload(self.registry)
-        except Exception as error:
-            if not isinstance(error, AcommError):
-                log.exception("the reload failed; the old code is served")
-                error = AcommError(_INTERNAL)
-            else:
-                log.error("the reload failed; the old code is served: %s", printable(error, 2000))
-            raise error from None
-        finally:
-            service.notify("READY=1")
-        log.info("reloaded: %d tasks", len(self.registry))
-        return {"tasks": list(self.registry), "reloads": self._reloader.reloads}
-
-    async def _follow(self, registry: Registry) -> None:
-        await self.unix.follow(registry)
-        self.registry = registry
-
-    def drain(self, timeout: float | None) -> dict[str, Any]:
-        """Take no more requests, and end when all that was accepted is done and told, or after `timeout`
-        seconds (None: however long that takes). What is left now.
-        """
-        if not self.ends_itself:
-            raise BadRequest("this supervisor is part of a program, which has to end it")
-        self._patience = timeout
-        self.begin_draining()
-        self.leaving.set()
-        return {"pid": os.getpid(), "unfinished": self.unfinished}
-
-    def hand_over(self, path: str, journal: str | None) -> dict[str, Any]:
-        """Give our sockets to the supervisor that listens at `path`, and end when all is done. Raises
-        Conflict when it has another journal, or another takes over already.
-        """
-        if not self.ends_itself:
-            raise BadRequest("this supervisor is part of a program, which has to end it")
-        if self.draining:
-            raise ShuttingDown("the supervisor is stopping")
-        if self._handing_over is not None:
-            raise Conflict("another supervisor takes over just now")
-        takeover.check(self.config.journal, journal)
-        self._handing_over = takeover.HandOver(_Old(self))
-        errand = self._loop.create_task(self._hand_over(self._handing_over, path))
-        self._handing = errand
-        return {"pid": os.getpid()}
-
-    async def _hand_over(self, handing: takeover.HandOver, path: str) -> None:
-        try:
-            await handing.run(path)
-        except Exception:
-            log.exception("handing over failed")
-        if not handing.given:
-            self._handing_over = None
-
-    async def _end_handing_over(self) -> None:
-        if self._handing is not None and not self._handing.done():
-            self._handing.cancel()
-            await asyncio.wait({self._handing})
-        if self._handing_over is not None:
-            await self._handing_over.abandon()
-
-    async def rest(self, gone: asyncio.Event) -> bool:
-        """Take no more, and let what runs end within the time for that. False, and we go on, when `gone` is
-        set before.
-        """
-        assert self._idle is not None
-        self.draining = True
-        self._idle.clear()
-        self._look_idle()
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._idle, gone)]
-        timeout = self.config.drain_timeout
-        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        for each in waiting:
-            each.cancel()
-        if gone.is_set():
-            self.draining = False
-        return not gone.is_set()
-
-    def depart(self, patience: float | None) -> None:
-        """End when all is done, or after `patience` seconds."""
-        self._patience = patience
-        self.draining = True
-        self.leaving.set()
-
-    async def finished(self) -> bool:
-        """Wait until all that was accepted is done and its hooks know; False if the patience of who has asked
-        for that is at its end.
-        """
-        assert self._idle is not None
-        try:
-            async with asyncio.timeout(self._patience):
-                while self.unfinished or self._errands:
-                    if self._errands:
-                        await asyncio.wait(self._errands)
-                    self._idle.clear()
-                    self._look_idle()
-                    await self._idle.wait()
-                await self.tracker.finish(HANDLER_WAIT)
-                await self.tracker.delivery.drained()
-        except TimeoutError:
-            return False
-        return True
 
     async def _stop_workers(self) -> None:
         """Let the workers exit by themselves; those that still run something are killed with the pool."""
@@ -559,10 +361,10 @@ class Supervisor:
             if examined is not None:
                 self.admission.take(examined.account, examined.size)
                 # Who waits for the answer itself has been promised nothing until it comes.
-                if self.stored is not None and resolve is None:
-                    self._store(self.stored, examined, decided, message)
+                if self.keeper is not None and resolve is None:
+                    self.keeper.store(examined, decided, message)
                     return
-                accepted = self._standing(examined)
+                accepted = self.outlook.standing(examined)
                 self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
@@ -577,6 +379,10 @@ class Supervisor:
         """Count a refusal."""
         self._counts[error.code] += 1
 
+    def repeated(self) -> None:
+        """Count a request that was taken before."""
+        self._counts["repeated"] += 1
+
     def unready(self) -> str | None:
         """Why no work is taken now; None if it is."""
         if self.draining:
@@ -587,13 +393,13 @@ class Supervisor:
         """What is to be begun for a request; None if that is answered already. Raises the AcommError of its
         refusal, in which case nothing was done.
         """
-        self._check_urls(request, origin)
+        self.examiner.check_urls(request, origin)
         if request.task.startswith(RESERVED):
-            self._answer_verb(request, origin, resolve)
+            self._verbs.answer(request, origin, resolve)
             return None
         content = digest(request)
         now = time.monotonic()
-        known = self._recent.known(request.id, now)
+        known = self.recent.known(request.id, now)
         if known is not None:
             self._repeated(request, known == content, origin, resolve)
             return None
@@ -603,12 +409,12 @@ class Supervisor:
             raise Conflict(f"the id {printable(request.id)} belongs to a stream that has not ended")
         # Before the arguments are looked into: to say no should cost little.
         account = self.admission.account(origin)
-        size = _size(request)
-        self.admission.check(account, size, now, functools.partial(self._gap, now))
-        if request.task_url is not None and request.task_url != self.url:
-            self._check_forward(request, resolve)
+        size = args_size(request)
+        self.admission.check(account, size, now, functools.partial(self.outlook.gap, now))
+        if not self.examiner.is_ours(request):
+            self.examiner.check_forward(request, resolved=resolve is not None)
             return Examined(request, content, origin, account, size, resolve)
-        task, key = self._check_call(request, origin)
+        task, key = self.examiner.check_call(request, origin)
         if task.streams and resolve is None and (request.response_hook is None or request.wire == 1):
             raise BadRequest(
                 f"task {task.name} streams, and nobody could learn where: "
@@ -617,18 +423,6 @@ class Supervisor:
         if not self.pool.healthy:
             raise Busy("the workers die while they start; see the supervisor's log", retry_after=10.0)
         return Examined(request, content, origin, account, size, resolve, task, key)
-
-    def _check_call(self, request: Request, origin: Origin) -> tuple[Task[..., Any], bytes | None]:
-        """The task of a request, and its call's key. Raises UnknownTask, BadArgs, and for handlers what does
-        not let them run here.
-        """
-        task = self._task(request.task)
-        self._check_handlers(request, origin)
-        # A stream that a request brings is an argument, too, and nobody else's.
-        key = None if task.key is None or request.stream_url else task.call_key(request.args)
-        if key is None:
-            task.check_args(request.args)
-        return task, key
 
     def _begin(self, examined: Examined) -> None:
         """Have a request done that has been counted. Raises AcommError when it cannot be begun; then it does
@@ -640,10 +434,10 @@ class Supervisor:
             if task is None:
                 self._forward(examined)
             else:
-                call = _call(request, task, origin, key)
+                call = call_of(request, task, origin, key)
                 call.account = account
                 self.pool.submit(call)
-                self._track(request, origin, resolve)
+                self.track(request, origin, resolve)
         except BaseException:
             self.admission.release(account, size)
             raise
@@ -655,159 +449,31 @@ class Supervisor:
             if not self._drive_due:
                 self._drive_due = True
                 self._loop.call_soon(self._drive)
-        self._recent.begin(request.id, content)
+        self.recent.begin(request.id, content)
 
-    def _standing(self, examined: Examined) -> Accepted | None:
-        """Where a request stands that is to be begun now; None if its sender is not to know, or there is
-        nothing to tell.
+    def begin(self, examined: Examined) -> AcommError | None:
+        """Have a request done that has been counted. Why it cannot be begun, in which case it does not count
+        any more.
         """
-        request, task = examined.request, examined.task
-        if task is None or not request.extended:
-            return None
-        dispatcher = self.pool.dispatcher
-        ahead = dispatcher.ahead(request.priority or task.priority)
-        if not ahead and dispatcher.assigned < self.pool.ready:
-            return Accepted(0, 0.0)
-        if examined.key is not None and dispatcher.runs_now(task.name, examined.key):
-            return Accepted(0, 0.0)
-        gap = self._gap(time.monotonic(), task.name)
-        return Accepted(ahead, None if gap is None else (ahead + 1) * gap)
+        try:
+            self._begin(examined)
+        except AcommError as error:
+            return error
+        except Exception:
+            log.exception("a request could not be begun")
+            return AcommError(_INTERNAL)
+        return None
 
-    def _gap(self, now: float, task: str | None = None) -> float | None:
-        """Seconds from one end of a call to the next, None if that is not known; a call of `task` is the
-        last.
-        """
-        gap, until = self._known_gap
-        if gap is None or now >= until:  # it is asked for with each request, and does not change so fast
-            gap = self._forecast.gap(now, functools.partial(self._predict, task))
-            self._known_gap = gap, now + _GAP_LASTS
-        return gap
-
-    def _predict(self, task: str | None) -> float | None:
-        """The same by the run times of the tasks whose calls wait."""
-        dispatcher, workers = self.pool.dispatcher, max(self.pool.ready, 1)
-        if dispatcher.queued:
-            _, seconds = dispatcher.backlog()
-            if seconds:
-                return seconds / dispatcher.queued / workers
-        seconds_each = None if task is None else dispatcher.predicted(task)
-        return None if seconds_each is None else seconds_each / workers
-
-    def _track(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
+    def track(self, request: Request, origin: Origin, resolve: Resolve | None = None) -> None:
+        """Put a request on the table of those that are to be answered."""
         self.tracker.track(
             request,
             proxied=True,
             resolve=resolve,
             unpickle=True,
             origin=origin,
-            delivered=self._on_delivered(request.id),
+            delivered=None if self.keeper is None else self.keeper.on_delivered(request.id),
         )
-
-    # -- what is stored -----------------------------------------------------------------------------
-
-    def _store(
-        self, stored: StoredRequests, examined: Examined, decided: Decided, message: bytes | None
-    ) -> None:
-        """Have a request stored that has been counted, and begun when it is."""
-
-        def done(outcome: Row | AcommError | None) -> None:
-            if outcome is None:
-                decided(None, self._standing(examined))
-                if not self._left:
-                    self._begin_stored(examined)
-                return
-            self.admission.release(examined.account, examined.size)
-            refusal: AcommError | None = None
-            if isinstance(outcome, AcommError):
-                refusal = outcome
-            elif outcome.digest != examined.content:
-                refusal = Conflict(f"the id {printable(outcome.id)} was used for another request")
-            else:
-                self._counts["repeated"] += 1
-            if refusal is not None:
-                self.refused(refusal)
-            self._look_idle()
-            decided(refusal)
-
-        stored.store(examined.request, examined.content, examined.origin, done, message)
-
-    def _begin_stored(self, examined: Examined) -> None:
-        """Begin what has been acknowledged: what goes wrong now is its answer."""
-        request = examined.request
-        try:
-            self._begin(examined)
-        except Exception as error:
-            if not isinstance(error, AcommError):
-                log.exception("a request could not be begun")
-                error = AcommError(_INTERNAL)
-            self._answer_unbegun(request, examined.origin, Response.to(request, error=error))
-
-    def _answer_unbegun(self, request: Request, origin: Origin, response: Response) -> None:
-        self._track(request, origin)
-        self._answer(response)
-
-    def take_up(self, left: Left) -> None:
-        """Begin, or answer, what an earlier supervisor has left."""
-        request, origin, response = left
-        if response is not None:
-            self._track(request, origin)
-            if response.error is not None and response.error.code == "poisoned":
-                self._answer(response)
-            else:
-                self._told(response)
-            return
-        task, key = None, None
-        if request.task_url is None or request.task_url == self.url:
-            try:
-                task, key = self._check_call(request, origin)
-            except AcommError as error:
-                self._answer_unbegun(request, origin, Response.to(request, error=error))
-                return
-        # It was accepted when there was room for it, and counts now however little there is.
-        account, size = self.admission.account(origin), _size(request)
-        self.admission.take(account, size)
-        self._begin_stored(Examined(request, digest(request), origin, account, size, None, task, key))
-
-    def _on_delivered(self, id: str) -> Callable[[AcommError | None], None] | None:
-        return None if self.stored is None else functools.partial(self.stored.delivered, id)
-
-    def _journal_failed(self, text: str) -> None:
-        """Nothing can be promised any more, and what was promised is for the next supervisor."""
-        log.critical("the journal %s cannot be trusted any more: %s", self.config.journal, text)
-        self.failure = (
-            f"the journal {self.config.journal} has failed: {text}; what it holds is taken up again"
-        )
-        self.draining = True
-        self.failed.set()
-
-    def _check_urls(self, request: Request, origin: Origin) -> None:
-        """Refuse what the policy does not let `origin` name. It is asked again when we connect; here it is
-        so that the requester learns of it, and what has passed a moment ago passes.
-        """
-        for what, url in (
-            ("the hook", request.response_hook),
-            ("the task URL", request.task_url if request.task_url != self.url else None),
-            ("the stream URL", request.stream_url),
-        ):
-            if url is None or self.tracker.channels.connected(url, origin):
-                continue
-            now = time.monotonic()
-            if self._admitted.get((url, origin), 0.0) < now:
-                self.policy.admit(url, origin, what)
-                if len(self._admitted) >= _MAX_ADMITTED:
-                    self._admitted.clear()
-                self._admitted[url, origin] = now + _ADMITTED_FOR
-
-    def _check_forward(self, request: Request, resolve: Resolve | None) -> None:
-        """Raises BadRequest for what cannot be passed on to another service."""
-        if request.handlers is not None:
-            raise BadRequest("a request for another service cannot bring handlers")
-        if request.response_hook is None and resolve is None:
-            raise BadRequest("a request for another service needs a response hook")
-        if unix_path(request.task_url or "") is None and self.tracker.external_proxy_url is None:
-            raise BadRequest(
-                "a task URL over HTTP needs a supervisor with --http, where the answer can come in"
-            )
 
     def _forward(self, examined: Examined) -> None:
         """Have the service at the request's task URL do it; the answer comes through us."""
@@ -826,32 +492,17 @@ class Supervisor:
             timeout,
             origin=examined.origin,
             resolve=answered,
-            delivered=self._on_delivered(request.id),
+            delivered=None if self.keeper is None else self.keeper.on_delivered(request.id),
         )
         self._forwarded.add(request.id)
         self._counts["forwarded"] += 1
 
-    def _task(self, name: str) -> Task[..., Any]:
-        task = self.registry.get(name)
-        if task is not None:
-            return task
-        near = difflib.get_close_matches(name, self.registry, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UnknownTask(f"no task {printable(name)} is served here{hint}")
-
-    def _check_handlers(self, request: Request, origin: Origin) -> None:
-        if request.handlers is None:
-            return
-        if not origin.local:
-            raise Forbidden("handlers are taken from the supervisor's own user only")
-        handlers.check_versions(request.handlers.python, request.handlers.dill)
-
     def _repeated(self, request: Request, same: bool, origin: Origin, resolve: Resolve | None) -> None:
         """An id that was seen before: acknowledged again if it is the same request, else a conflict."""
-        answer = self._recent.answer(request.id)
+        answer = self.recent.answer(request.id)
         if not same or (resolve is not None and answer is None):
             raise Conflict(f"the id {printable(request.id)} was used for another request")
-        self._counts["repeated"] += 1
+        self.repeated()
         if answer is not None and resolve is not None:
             resolve(answer)
         if answer is not None:
@@ -914,21 +565,20 @@ class Supervisor:
             self._count_out(call)
         if self.callers.waiting:
             self.callers.ended(id)
-        self._answer(response)
+        self.answer(response)
 
     def _count_out(self, call: Call) -> None:
         """A call has ended, and there is room for another."""
         self.admission.release(call.account, 0 if call.args is None else len(call.args))
-        self._forecast.ended(time.monotonic(), self.pool.dispatcher.queued > 0)
+        self.outlook.ended()
 
-    def _answer(self, response: Response) -> None:
+    def answer(self, response: Response) -> None:
         """Tell the answer to a request; when it is stored, if that is."""
-        if self.stored is None or not self.stored.answer(response, functools.partial(self._told, response)):
-            self._told(response)
+        if self.keeper is None or not self.keeper.answer(response):
+            self.told(response)
 
-    def _told(self, response: Response) -> None:
-        if self._left and self.stored is not None and self.tracker.tracked(response.id) is None:
-            return
+    def told(self, response: Response) -> None:
+        """Tell the answer to a request now."""
         try:
             self._finished(response)
             self.tracker.settle(response)
@@ -937,21 +587,35 @@ class Supervisor:
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
-        if self._recovery is not None:
-            self._recovery.ended(response.id)
-        self._look_idle()
+        if self.keeper is not None:
+            self.keeper.ended(response.id)
+        self.look_idle()
         self._counts["ok" if response.error is None else response.error.code] += 1
-        self._recent.finish(response, time.monotonic())
+        self.recent.finish(response, time.monotonic())
+
+    def leave(self, id: str) -> None:
+        """Forget a request, whose answer is for another supervisor to give."""
+        self.tracker.remove_request(id)
+        self._calls.pop(id, None)
+        self._forwarded.discard(id)
 
     @property
     def unfinished(self) -> int:
         """What was accepted and has not ended: calls here, those passed on, and streams."""
-        journal = 0 if self.stored is None else self.stored.storing + self.stored.answering
-        return len(self._calls) + len(self._forwarded) + len(self._streams) + journal
+        commits = 0 if self.keeper is None else self.keeper.unfinished
+        return len(self._calls) + len(self._forwarded) + len(self._streams) + commits
 
-    def _look_idle(self) -> None:
+    def look_idle(self) -> None:
+        """Something has ended."""
         if not self.unfinished and self._idle is not None:
             self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until nothing is unfinished."""
+        assert self._idle is not None
+        self._idle.clear()
+        self.look_idle()
+        await self._idle.wait()
 
     # -- streams ------------------------------------------------------------------------------------
 
@@ -972,7 +636,7 @@ class Supervisor:
         if call is None:
             return
         self._count_out(call)
-        self._look_idle()
+        self.look_idle()
         self._stream_ends["ok" if error is None else error.code] += 1
         if error is not None:
             streamsocket.discard(unix_path(call.streaming) or "")
@@ -982,36 +646,6 @@ class Supervisor:
 
     # -- control verbs ------------------------------------------------------------------------------
 
-    def _answer_verb(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
-        answer = self._verbs.answer(request, origin)
-        if inspect.isawaitable(answer):
-            errand = self._loop.create_task(self._answer_later(request, origin, resolve, answer))
-            self._errands.add(errand)
-            errand.add_done_callback(self._errands.discard)
-        else:
-            result = msgspec.Raw(_quote(answer))
-            self._say(request, origin, resolve, Response(request.id, result, extended=request.extended))
-
-    async def _answer_later(
-        self, request: Request, origin: Origin, resolve: Resolve | None, answer: Awaitable[Any]
-    ) -> None:
-        try:
-            response = Response.to(request, msgspec.Raw(_quote(await answer)))
-        except AcommError as error:
-            response = Response.to(request, error=error)
-        except Exception:
-            log.exception("the request %s could not be answered", printable(request.task))
-            response = Response.to(request, error=AcommError(_INTERNAL))
-        self._say(request, origin, resolve, response)
-
-    def _say(self, request: Request, origin: Origin, resolve: Resolve | None, response: Response) -> None:
-        if resolve is not None:
-            resolve(response)
-        if request.response_hook is not None:
-            self.tracker.delivery.post(
-                request.response_hook, response, request.wire, extended=request.extended, origin=origin
-            )
-
     def under_way(self, id: str) -> Call | None:
         """The call of a request that has not ended."""
         return self._calls.get(id) or self._streams.get(id)
@@ -1019,9 +653,9 @@ class Supervisor:
     async def known(self, ids: list[str]) -> list[str]:
         """Those of the requests whose answer is to come, or on its way."""
         now = time.monotonic()
-        found = {id for id in ids if self._recent.expected(id, now)}
-        if self.stored is not None and (rest := [id for id in ids if id not in found]):
-            found.update(await self.stored.undone(rest))
+        found = {id for id in ids if self.recent.expected(id, now)}
+        if self.keeper is not None and (rest := [id for id in ids if id not in found]):
+            found.update(await self.keeper.stored.undone(rest))
         return list(found)
 
     def cancel(self, call: Call) -> None:
@@ -1070,50 +704,16 @@ class Supervisor:
                 "pending_bytes": delivery.pending_bytes,
                 "troubled": delivery.troubled(),
             },
-            "journal": None if self.stored is None else self.stored.stats(),
+            "journal": None if self.keeper is None else self.keeper.stored.stats(),
             "handler_errors": self.tracker.handler_errors,
             "worker_restarts": self.pool.restarts,
             "pool": {"workers": self.pool.wanted, "min": self.pool.least, "max": self.pool.size},
-            "workers": [_told(worker) for worker in self.pool.workers()],
+            "workers": [_worker(worker) for worker in self.pool.workers()],
             "max_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
 
-class _Ids:
-    """The ids that we know, for who takes over from us, and from who was before us."""
-
-    def __init__(self, recent: Recent) -> None:
-        self._recent = recent
-
-    def export(self) -> list[tuple[str, bytes]]:
-        return self._recent.export()
-
-    def inherit(self, ids: Iterable[tuple[str, bytes]]) -> None:
-        self._recent.inherit(ids)
-
-    def inheritance_ended(self, done: bool) -> None:
-        self._recent.inheritance_ended(time.monotonic(), done=done)
-
-
-class _Old:
-    """We, for who takes over from us."""
-
-    def __init__(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
-        self.listeners = supervisor.unix.listeners
-        self.rest = supervisor.rest
-
-    def http(self) -> Door | None:
-        return self._supervisor.door
-
-    def ids(self) -> _Ids | None:
-        return None if self._supervisor.stored is not None else _Ids(self._supervisor._recent)
-
-    def depart(self) -> None:
-        self._supervisor.depart(None if self._supervisor.stored is None else 0.0)
-
-
-def _told(worker: WorkerInfo) -> dict[str, Any]:
+def _worker(worker: WorkerInfo) -> dict[str, Any]:
     return {**worker._asdict(), "calls": [call._asdict() for call in worker.calls]}
 
 
@@ -1124,33 +724,3 @@ def _place(config: Config) -> StreamPlace:
     folder = os.path.dirname(os.path.abspath(config.socket))
     group = config.allow_gid[0] if config.socket_mode == 0o660 else None
     return StreamPlace(folder, config.socket_mode, group, config.stream_expiry)
-
-
-def _size(request: Request) -> int:
-    """Bytes of a request's arguments."""
-    return 0 if request.args is None else len(memoryview(request.args))
-
-
-def _call(request: Request, task: Task[..., Any], origin: Origin, key: bytes | None) -> Call:
-    retry = task.retry
-    in_lane = task.isolated or task.overlaps
-    return Call(
-        task.name,
-        None if request.args is None else bytes(request.args),
-        id=request.id,
-        tag=request,
-        priority=request.priority or task.priority,
-        timeout=math.inf if task.timeout is None and task.max_memory is not None else task.timeout,
-        concurrency=UNLIMITED if in_lane and task.concurrency is None else task.concurrency,
-        overlaps=task.overlaps,
-        isolated=task.isolated,
-        max_memory=task.max_memory,
-        deadline=None if request.timeout is None else time.monotonic() + request.timeout,
-        retries=retry.times if retry else 0,
-        crashes=retry.crashes if retry else 0,
-        backoff=retry.delay if retry else None,
-        stream_url=request.stream_url,
-        stream_format=task.stream_format,
-        origin=origin if task.streams or request.stream_url is not None else None,
-        key=key,
-    )

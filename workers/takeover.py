@@ -22,7 +22,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -75,7 +75,7 @@ class Old(Protocol):
     def ids(self) -> Ids | None:
         """None where a journal keeps them."""
 
-    async def rest(self, gone: asyncio.Event) -> bool:
+    def rest(self, gone: asyncio.Event) -> Awaitable[bool]:
         """Take no more, and let what runs end, within the time for that. False, and it goes on, when `gone`
         is set meanwhile.
         """

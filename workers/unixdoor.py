@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 from collections.abc import Iterable
-from typing import Protocol
 
 import msgspec
 
@@ -17,44 +16,15 @@ from acomm.listener import Connection, UnixListener
 from acomm.messages import RESERVED, Request, Response, ok_ack, salvage, stored_ack
 from acomm.origin import Origin
 from acomm.room import Room
-from acomm.tracker import Tracker
 from workers import descriptors
-from workers.callers import GRACE, Callers
-from workers.config import HTTP_CONNECTIONS, MAX_CONNECTIONS, Config
+from workers.callers import GRACE
+from workers.config import HTTP_CONNECTIONS, MAX_CONNECTIONS
 from workers.errors import AcommError, BadRequest, ConfigError, UnknownTask, printable
+from workers.offering import Service
 from workers.provider import Provider
-from workers.registry import Registry
 
 log = logging.getLogger("acomm.supervisor")
 _quote = msgspec.json.encode
-
-
-class Decided(Protocol):
-    """Told, at once or later, that a request was accepted, and where it then stood if there is anything to
-    tell; or why it was refused.
-    """
-
-    def __call__(self, refusal: AcommError | None, accepted: Accepted | None = None, /) -> None: ...
-
-
-class Service(Protocol):
-    """What the door knows of the supervisor."""
-
-    config: Config
-    registry: Registry
-    tracker: Tracker
-    callers: Callers
-
-    def offer(
-        self, request: Request, origin: Origin, decided: Decided, *, message: bytes | None = None
-    ) -> None:
-        """Take a request, or say why not."""
-
-    def refused(self, error: AcommError) -> None:
-        """Count a refusal."""
-
-    def caller_left(self, caller: Connection) -> None:
-        """Cancel the calls that nobody waits for any more."""
 
 
 class UnixDoor:

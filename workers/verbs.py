@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from acomm.jsontext import parse
-from acomm.messages import Request
+from acomm.messages import Request, Response
 from acomm.origin import Origin
+from acomm.tracker import Tracker
 from workers import failed, takeover
 from workers.calls import Call
-from workers.errors import BadArgs, Forbidden, UnknownTask, printable
+from workers.errors import AcommError, BadArgs, Forbidden, UnknownTask, printable
 from workers.failed import FailedRequests
+from workers.offering import Resolve
+from workers.operation import Operation
 from workers.registry import Registry
+
+log = logging.getLogger("acomm.supervisor")
+_quote = msgspec.json.encode
 
 MAX_ASKED = 10_000
 """Calls whose progress is told at once: some ten milliseconds' work."""
 
 
 class Service(failed.Service, Protocol):
-    """What the verbs are about."""
+    """What the verbs are about. `errands` are the answers that take their time."""
 
-    registry: Registry
+    tracker: Tracker
+    errands: set[asyncio.Task[None]]
+
+    @property
+    def registry(self) -> Registry: ...
 
     def stats(self) -> dict[str, Any]: ...
 
@@ -37,21 +52,13 @@ class Service(failed.Service, Protocol):
     def look(self, call: Call) -> NamedTuple:
         """How far a call is."""
 
-    async def reload(self) -> dict[str, Any]:
-        """Load the tasks anew."""
-
-    def hand_over(self, path: str, journal: str | None) -> dict[str, Any]:
-        """Give our sockets to who listens at `path`."""
-
-    def drain(self, timeout: float | None) -> dict[str, Any]:
-        """Take no more, and end when all is done."""
-
 
 class Verbs:
     """The verbs of a supervisor, by their names."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, operation: Operation) -> None:
         self._service = service
+        self._operation = operation
         self._failed = FailedRequests(service)
         self._verbs: dict[str, Callable[[Request, Origin], Any]] = {
             "acomm.tasks": self._tasks,
@@ -64,15 +71,43 @@ class Verbs:
             "acomm.takeover": self._takeover,
         }
 
-    def answer(self, request: Request, origin: Origin) -> Any:
-        """The result of a verb that `origin` asks for, which JSON can express, or an awaitable of it.
-        Raises UnknownTask, BadArgs, Forbidden.
+    def answer(self, request: Request, origin: Origin, resolve: Resolve | None) -> None:
+        """Answer a request to a verb at its hook, and by `resolve`; later, if it takes its time. Raises
+        UnknownTask, BadArgs, Forbidden.
         """
         verb = self._failed.verbs.get(request.task) or self._verbs.get(request.task)
         if verb is None:
             known = ", ".join(sorted([*self._verbs, *self._failed.verbs]))
             raise UnknownTask(f"no task {printable(request.task)}; known: {known}")
-        return verb(request, origin)
+        answer = verb(request, origin)
+        if inspect.isawaitable(answer):
+            errands = self._service.errands
+            errand = asyncio.get_running_loop().create_task(self._later(request, origin, resolve, answer))
+            errands.add(errand)
+            errand.add_done_callback(errands.discard)
+        else:
+            self._say(request, origin, resolve, Response.to(request, msgspec.Raw(_quote(answer))))
+
+    async def _later(
+        self, request: Request, origin: Origin, resolve: Resolve | None, answer: Awaitable[Any]
+    ) -> None:
+        try:
+            response = Response.to(request, msgspec.Raw(_quote(await answer)))
+        except AcommError as error:
+            response = Response.to(request, error=error)
+        except Exception:
+            log.exception("the request %s could not be answered", printable(request.task))
+            text = "the supervisor failed at this request; its log tells why"
+            response = Response.to(request, error=AcommError(text))
+        self._say(request, origin, resolve, response)
+
+    def _say(self, request: Request, origin: Origin, resolve: Resolve | None, response: Response) -> None:
+        if resolve is not None:
+            resolve(response)
+        if request.response_hook is not None:
+            self._service.tracker.delivery.post(
+                request.response_hook, response, request.wire, extended=request.extended, origin=origin
+            )
 
     def _tasks(self, request: Request, origin: Origin) -> list[dict[str, Any]]:
         return self._service.registry.schemas()
@@ -105,7 +140,7 @@ class Verbs:
     def _reload(self, request: Request, origin: Origin) -> Awaitable[dict[str, Any]]:
         """Load the tasks anew; the answer comes when new workers serve, or with the error of the new code."""
         _only_for_us(request, origin)
-        return self._service.reload()
+        return self._operation.reload()
 
     def _drain(self, request: Request, origin: Origin) -> dict[str, Any]:
         """Take no more and end when all is done, or after the argument's seconds, if it is not null."""
@@ -115,12 +150,12 @@ class Verbs:
         known = timeout is None or (isinstance(timeout, int | float) and not isinstance(timeout, bool))
         if len(given) > 1 or not known or (timeout is not None and not 0 <= timeout <= 1e9):
             raise BadArgs("acomm.drain takes the seconds to wait at most, or nothing")
-        return self._service.drain(timeout)
+        return self._operation.drain(timeout)
 
     def _takeover(self, request: Request, origin: Origin) -> dict[str, Any]:
         """Hand over to the supervisor that listens at the first argument; the second is its journal."""
         _only_for_us(request, origin)
-        return self._service.hand_over(*takeover.asked(_arguments(request)))
+        return self._operation.hand_over(*takeover.asked(_arguments(request)))
 
 
 def _only_for_us(request: Request, origin: Origin) -> None:
