@@ -62,6 +62,7 @@ class Journal:
         self._entries: list[tuple[Entry, Stored]] = []
         self._ended: list[tuple[Ending, Callable[[], None]]] = []
         self._delivered: list[int] = []
+        self._soon = False  # those need not wait for more
         self._undelivered: list[int] = []
         self._errands: list[Callable[[], None]] = []
         self._closing = False
@@ -109,10 +110,14 @@ class Journal:
         if not self._awake:
             self._rouse()
 
-    def delivered(self, seq: int) -> None:
-        """A request's answer has arrived: it need not be kept. Written when there is time."""
+    def delivered(self, seq: int, *, soon: bool = False) -> None:
+        """A request's answer has arrived, or nobody is to have it: it need not be kept. Written when there is
+        time; `soon`: with the next commit, as the request would run again if we died before.
+        """
         self._delivered.append(seq)
-        if not self._awake and len(self._delivered) >= MAX_BATCH:
+        if soon:
+            self._soon = True
+        if not self._awake and (soon or len(self._delivered) >= MAX_BATCH):
             self._rouse()
 
     def undelivered(self, seq: int) -> None:
@@ -172,6 +177,7 @@ class Journal:
         # Others append meanwhile, and to these lists, so they are emptied and not replaced.
         entries = _take(self._entries, MAX_BATCH)
         ended = _take(self._ended)
+        self._soon = False  # before they are taken: what comes then is not in this batch
         delivered, undelivered = _take(self._delivered), _take(self._undelivered)
         errands = _take(self._errands)
         last = closing and not self._entries
@@ -183,6 +189,8 @@ class Journal:
             # What has been promised comes first, next time.
             self._ended[:0] = ended
             self._delivered[:0] = delivered
+            if delivered:
+                self._soon = True
             self._undelivered[:0] = undelivered
             last = last or self.broken is not None
             if not last:
@@ -208,6 +216,7 @@ class Journal:
             or self._undelivered
             or self._errands
             or self._closing
+            or self._soon
             or len(self._delivered) >= MAX_BATCH
         )
 

@@ -168,8 +168,10 @@ class Keeper:
     # -- answers ------------------------------------------------------------------------------------
 
     def answer(self, response: Response) -> bool:
-        """Store an answer and tell it then, if its request is stored; whether it is."""
-        return self.stored.answer(response, functools.partial(self._tell, response))
+        """Store an answer and tell it then; False if it may be told at once."""
+        request = self._service.tracker.tracked(response.id)
+        owed = request is None or request.response_hook is not None or request.handlers is not None
+        return self.stored.answer(response, functools.partial(self._tell, response), owed=owed)
 
     def _tell(self, response: Response) -> None:
         if self._left and self._service.tracker.tracked(response.id) is None:

@@ -116,14 +116,20 @@ class StoredRequests:
         self.storing += 1
         self.journal.accept(entry, done)
 
-    def answer(self, response: Response, stored: Callable[[], None]) -> bool:
-        """Store the answer to a request, if that is stored; `stored` is called when it may be told.
+    def answer(self, response: Response, stored: Callable[[], None], *, owed: bool = True) -> bool:
+        """Store the answer to a request, if that is stored; `stored` is called when it may be told. False if
+        it may be told at once.
 
-        Where a stream is the answer it is not: it ends with its supervisor, so the request runs again if that
-        dies before somebody has been told.
+        Where a stream is the answer it is not stored: it ends with its supervisor, so the request runs again
+        if that dies before somebody has been told. Nor is a result that is `owed` to nobody: that the request
+        is done with is all there is to know, and nothing waits for that to be written.
         """
         seq = self._seqs.get(response.id)
         if seq is None or response.stream_url is not None:
+            return False
+        if not owed and (response.error is None or response.error.code in _NO_FAULT):
+            del self._seqs[response.id]
+            self.journal.delivered(seq, soon=True)
             return False
 
         def done() -> None:
