@@ -39,6 +39,8 @@ MAX_LOG = 100_000
 pause of some tenths of a second, so not often.
 """
 
+_UNTOLD = "what waited for the journal failed"
+
 T = TypeVar("T")
 Stored = Callable[[Row | AcommError | None], None]
 """Told of an entry: None, it is stored; the row that has its id; or why it could not be stored."""
@@ -155,9 +157,11 @@ class Journal:
 
     def _rouse(self) -> None:
         """Have the thread look: it sleeps, or is about to. Whoever appends first and then looks whether it is
-        awake is seen by one that says that it sleeps first, and then looks whether there is something.
+        awake is seen by one that says that it sleeps first, and then looks whether there is something. From
+        here on it counts as awake, though it may yet wait for the interpreter: once is enough.
         """
         with self._wake:
+            self._awake = True
             self._wake.notify()
 
     # -- the thread ---------------------------------------------------------------------------------
@@ -252,7 +256,10 @@ class Journal:
     @staticmethod
     def _refused(waiting: list[Stored], refusal: AcommError) -> None:
         for stored in waiting:
-            _told(stored, refusal)
+            try:
+                stored(refusal)
+            except Exception:
+                log.exception(_UNTOLD)
 
     @staticmethod
     def _stored(
@@ -260,10 +267,17 @@ class Journal:
         known: dict[int, Row],
         ended: list[tuple[Ending, Callable[[], None]]],
     ) -> None:
+        # What one is told must not keep the others from being told. Both loops are run for each request.
         for entry, stored in entries:
-            _told(stored, known.get(entry.seq) if known else None)
+            try:
+                stored(known.get(entry.seq) if known else None)
+            except Exception:
+                log.exception(_UNTOLD)
         for _, done in ended:
-            _told(done)
+            try:
+                done()
+            except Exception:
+                log.exception(_UNTOLD)
 
     def _keep_house(self, idle: bool) -> None:
         try:
@@ -295,11 +309,3 @@ def _take(waiting: list[T], most: int | None = None) -> list[T]:
     taken = waiting[:most]
     del waiting[: len(taken)]
     return taken
-
-
-def _told(function: Callable[..., None], *args: Any) -> None:
-    """What one is told must not keep the others from being told."""
-    try:
-        function(*args)
-    except Exception:
-        log.exception("what waited for the journal failed")
