@@ -1,7 +1,8 @@
 """Requests that are stored before they are acknowledged: how many a second, and how long each waits for that.
 
 Ours runs the calls meanwhile. Of the others only what stores is at work, no worker, so that what they take
-from the machine is the storing alone.
+from the machine is the storing alone. `answers` are calls whose answers are
+waited for, which are stored, too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from acomm.client import Client
 from acomm.errors import AcommError
 from benchmarks.harness import Contender, Figures, percentiles
 from benchmarks.tasks import identity
+from benchmarks.trackercalls import tracker_calls
 from workers import launch
 
 START_TIMEOUT = 30.0
@@ -43,6 +45,12 @@ def ours(client: Client, in_flight: int, calls: int) -> Figures:
         if time.monotonic() > end:
             raise AssertionError("calls that were acknowledged have not ended")
     return figures
+
+
+def answered(client: Client, in_flight: int, calls: int) -> Figures:
+    """Calls until their answers, each of which is stored before it is told."""
+    seconds, *each = uvloop.run(tracker_calls(client.url, in_flight, calls))
+    return {"calls/s": calls / seconds, **percentiles(each)}
 
 
 async def _acknowledged(url: str, in_flight: int, calls: int) -> Figures:
@@ -117,15 +125,7 @@ def contenders() -> Iterator[list[Contender]]:
     """Those that are installed; a line on stderr tells of the others."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="acomm-bench-")))
-        serve = partial(launch, "benchmarks.tasks", workers=WORKERS)
-        found = []
-        for name, settings in (
-            ("journal", {"journal": str(folder / "power.db")}),
-            ("journal, process", {"journal": str(folder / "process.db"), "durability": "process"}),
-            ("no journal", {}),
-        ):
-            client = stack.enter_context(serve(**settings))
-            found.append(Contender(name, partial(ours, client), ours=True))
+        found = _ours(stack, folder, ours)
         if _has("huey"):
             found.append(_huey(folder / "huey.db"))
         if _has("celery", "redis") | _has("rq", "redis"):
@@ -134,6 +134,26 @@ def contenders() -> Iterator[list[Contender]]:
             else:
                 found += _on_redis(stack.enter_context(_redis(folder)))
         yield found
+
+
+@contextmanager
+def answers() -> Iterator[list[Contender]]:
+    """Ours alone, with and without a journal."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="acomm-bench-")))
+        yield _ours(stack, folder, answered)
+
+
+def _ours(stack: ExitStack, folder: Path, measure: Callable[[Client, int, int], Figures]) -> list[Contender]:
+    found = []
+    for name, settings in (
+        ("journal", {"journal": str(folder / "power.db")}),
+        ("journal, process", {"journal": str(folder / "process.db"), "durability": "process"}),
+        ("no journal", {}),
+    ):
+        client = stack.enter_context(launch("benchmarks.tasks", workers=WORKERS, **settings))
+        found.append(Contender(name, partial(measure, client), ours=bool(settings)))
+    return found
 
 
 def _has(*packages: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 import time
 from collections import deque
@@ -20,13 +19,13 @@ from urllib.parse import urlsplit
 import uvloop
 import zmq
 
-from acomm import Request, Tracker
 from acomm.client import Client
 from acomm.urls import unix_path
 from benchmarks import durable, floor, hooks, http, strangers
 from benchmarks.harness import Contender, Figures, Row, percentiles
 from benchmarks.processes import serving
 from benchmarks.tasks import identity
+from benchmarks.trackercalls import tracker_calls
 from workers import launch
 
 WORKERS = 2
@@ -36,35 +35,12 @@ WORKERS = 2
 
 def tracker_rate(url: str, in_flight: int, calls: int) -> Figures:
     """Calls by an asyncio program."""
-    times = uvloop.run(_tracker_calls(url, in_flight, calls))
+    times = uvloop.run(tracker_calls(url, in_flight, calls))
     return {"calls/s": calls / times[0]}
 
 
 def tracker_latency(url: str, in_flight: int, calls: int) -> Figures:
-    return percentiles(uvloop.run(_tracker_calls(url, in_flight, calls))[1:])
-
-
-async def _tracker_calls(url: str, in_flight: int, calls: int) -> list[float]:
-    """The seconds that all calls took together, then those of each."""
-    async with Tracker() as tracker:
-        clock, each = time.perf_counter, []
-
-        async def call_many(values: range) -> None:
-            for value in values:
-                started = clock()
-                response = await tracker.call(url, Request("echo", [value]))
-                each.append(clock() - started)
-                if response.result_as(int) != value:
-                    raise AssertionError(f"{value} did not come back")
-
-        async def all_of(calls: int) -> float:
-            started = clock()
-            await asyncio.gather(*(call_many(range(caller, calls, in_flight)) for caller in range(in_flight)))
-            return clock() - started
-
-        await all_of(max(100, 2 * in_flight))
-        each.clear()
-        return [await all_of(calls), *each]
+    return percentiles(uvloop.run(tracker_calls(url, in_flight, calls))[1:])
 
 
 def client_rate(client: Client, in_flight: int, calls: int) -> Figures:
@@ -244,6 +220,8 @@ ROWS = {
             "acknowledgements/s of stored requests, against queues that store",
             durable.contenders,
             (256,),
+            seconds=2.0,
         ),
+        Row("answers", "calls/s with request and answer stored", durable.answers, (1, 16, 256), seconds=2.0),
     )
 }
