@@ -71,6 +71,7 @@ WORKERS = {
     "openapi": 0,
     "options": 0,
     "places": 0,
+    "promises": 0,
     "recent": 0,
     "restarts": 0,
     "scaling": 0,

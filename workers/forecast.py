@@ -14,6 +14,14 @@ from collections.abc import Callable
 WINDOW = 0.25
 """Seconds over which ends are counted, at least. Answers come in batches, so shorter ones say nothing."""
 
+ENDS = 64
+"""Ends that are counted, at least: few say little of how fast they come, as calls differ."""
+
+LONGEST_WINDOW = 2.0
+"""Seconds after which fewer ends have to do."""
+
+_WEIGHT = 0.25  # of a window among those before
+
 LOOK = 0.25
 """Seconds between looks at the calls that wait: a look at a long queue takes some tenths of a millisecond."""
 
@@ -40,9 +48,10 @@ class Forecast:
             return
         self._ends += 1
         elapsed = now - self._since
-        if elapsed >= WINDOW:
+        if elapsed >= LONGEST_WINDOW or (elapsed >= WINDOW and self._ends >= ENDS):
             gap = elapsed / self._ends
-            self._measured = gap if self._measured is None else (self._measured + gap) / 2
+            before = gap if self._measured is None else self._measured
+            self._measured = before + (gap - before) * _WEIGHT
             self._since = now
             self._ends = 0
 
@@ -56,5 +65,8 @@ class Forecast:
         known = [gap for gap in (self._measured, self._predicted) if gap is not None]
         elapsed = now - self._since
         if self._waited and elapsed > WINDOW:
-            known.append(elapsed / (self._ends + 1))  # they have become slower, or none has ended yet
+            lately = elapsed / (self._ends + 1)
+            # They have become slower, or none has ended yet; less than that is chance.
+            if self._measured is None or elapsed > LONGEST_WINDOW or lately > 4 * self._measured:
+                known.append(lately)
         return max(known, default=None)

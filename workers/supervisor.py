@@ -410,7 +410,7 @@ class Supervisor:
         # Before the arguments are looked into: to say no should cost little.
         account = self.admission.account(origin)
         size = args_size(request)
-        self.admission.check(account, size, now, functools.partial(self.outlook.gap, now))
+        self.admission.check(account, size, now, functools.partial(self.outlook.gap, now), request.id)
         if not self.examiner.is_ours(request):
             self.examiner.check_forward(request, resolved=resolve is not None)
             return Examined(request, content, origin, account, size, resolve)
