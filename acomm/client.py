@@ -33,6 +33,7 @@ from acomm.channel import Outgoing
 from acomm.errors import (
     AcommError,
     BadRequest,
+    Busy,
     CallTimeout,
     ConnectionLost,
     ShuttingDown,
@@ -189,7 +190,7 @@ class Client(Submitter):
         request.validate()
         call = Call(self, request.id, task, decode, decode_item)
         source = None if options.stream is None else options.stream.take()
-        pending = _Pending(self, call, request, source)
+        pending = _Pending(self, call, request, source, options.patience)
         due = within.limit()
         if due is not None:
             asked = self._default_timeout if options.timeout is None else options.timeout
@@ -205,7 +206,7 @@ class Client(Submitter):
     def stop_remote(self, id: str) -> None:
         """Have the supervisor stop a call; its answer is of no interest."""
         with contextlib.suppress(RuntimeError):  # closed: the supervisor learns nothing more from us
-            self._post(_Pending(self, None, Request("acomm.cancel", [id]), None))
+            self._post(_Pending(self, None, Request("acomm.cancel", [id])))
 
     def watch(self, call: Call) -> None:
         """Keep the progress of `call` fresh while it runs."""
@@ -265,6 +266,7 @@ class Client(Submitter):
             _Pending.give_up,
             lambda: self._tracker.channels.connected(self.url, None),
         )
+        self._coming_back: set[asyncio.Task[None]] = set()
         self._watch = ProgressWatch(self._ask)
         self._orphans = Orphans(
             self.url,
@@ -291,7 +293,9 @@ class Client(Submitter):
 
     async def _all_acknowledged(self) -> None:
         await self._tracker.acknowledged()
-        while self._away:
+        while self._away or self._coming_back:
+            if self._coming_back:
+                await asyncio.wait(self._coming_back)
             await self._away.settled()
             await self._tracker.acknowledged()
 
@@ -347,6 +351,23 @@ class Client(Submitter):
             accepted = None if pending.call is None else pending.call.note_accepted
             self._ask(pending.request, pending, accepted)
 
+    def _come_back(self, pending: _Pending, error: Busy) -> bool:
+        """Send again when there is to be room; False if that is too late."""
+        assert self._loop is not None
+        now = self._loop.time()
+        if pending.patient_until is None:
+            pending.patient_until = now + pending.patience
+        if error.retry_after is None or now + error.retry_after > pending.patient_until:
+            return False
+        coming = self._loop.create_task(self._send_later(pending, error.retry_after))
+        self._coming_back.add(coming)
+        coming.add_done_callback(self._coming_back.discard)
+        return True
+
+    async def _send_later(self, pending: _Pending, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self._send(pending)
+
     def _ask(self, request: Request, answer: Answer, accepted: Callable[[bytes], None] | None = None) -> None:
         # The original's providers run their task whatever name is asked for, with whatever arguments.
         if request.task.startswith(RESERVED) and unix_path(self.url) is not None:
@@ -386,13 +407,22 @@ class _Pending:
     one whose answer nobody wants. `due` is when the work ends that it is a part of, on the monotonic clock.
     """
 
-    __slots__ = ("call", "client", "due", "request", "source", "until")
+    __slots__ = ("call", "client", "due", "patience", "patient_until", "request", "source", "until")
 
-    def __init__(self, client: Client, call: Call | None, request: Request, source: Source | None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        call: Call | None,
+        request: Request,
+        source: Source | None = None,
+        patience: float = 0.0,
+    ) -> None:
         self.client = client
         self.call = call
         self.request = request
         self.source = source
+        self.patience = patience
+        self.patient_until: float | None = None
         self.until: float | None = None
         self.due: float | None = None
 
@@ -419,6 +449,8 @@ class _Pending:
         # As the acknowledgement's error, ShuttingDown says that nothing was done, too.
         if isinstance(error, Unreachable | ShuttingDown) and self.call is not None:
             self.client._away.add(self, error)
+        elif self.patience and isinstance(error, Busy) and self.client._come_back(self, error):
+            return
         else:
             self.fail(error)
 

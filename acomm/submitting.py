@@ -40,6 +40,7 @@ class Options(msgspec.Struct, frozen=True):
     priority: int = 0
     handlers: Handlers | None = None
     stream: SentStream | None = None
+    patience: float = 0.0
 
     def using(
         self,
@@ -49,15 +50,19 @@ class Options(msgspec.Struct, frozen=True):
         on_success: Handler | None = None,
         on_error: Handler | None = None,
         stream: Source | None = None,
+        patience: float | None = None,
     ) -> Options:
         """These, except for what is given: see `Submitter.using`."""
         if timeout is not None and not 0 < timeout < float("inf"):
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout}")
+        if patience is not None and not 0 <= patience < float("inf"):
+            raise ValueError(f"patience must be a number of seconds, not {patience}")
         return Options(
             self.timeout if timeout is None else timeout,
             self.priority if priority is None else priority,
             Handlers.pack(on_success, on_error) or self.handlers,
             self.stream if stream is None else SentStream(stream),
+            self.patience if patience is None else patience,
         )
 
     def over(self, base: Options) -> Options:
@@ -67,6 +72,7 @@ class Options(msgspec.Struct, frozen=True):
             self.priority or base.priority,
             self.handlers or base.handlers,
             self.stream or base.stream,
+            self.patience or base.patience,
         )
 
 
@@ -110,6 +116,7 @@ class Submitter:
         on_success: Handler | None = None,
         on_error: Handler | None = None,
         stream: Source | None = None,
+        patience: float | None = None,
     ) -> View:
         """A view of this client whose calls have these options.
 
@@ -119,9 +126,17 @@ class Submitter:
         `stream` is what the task reads as its request's stream: bytes, which every call of the view sends,
         or for one call a binary file, an iterable of bytes, or an async iterable, which is read in the
         event loop that submits the call. It is closed when it has been read, or the call has ended.
+
+        `patience` is for how many seconds a call that is refused as Busy comes back when it is told to, under
+        its id, for which a place is kept; 0 has it fail at once.
         """
         options = self._options.using(
-            timeout=timeout, priority=priority, on_success=on_success, on_error=on_error, stream=stream
+            timeout=timeout,
+            priority=priority,
+            on_success=on_success,
+            on_error=on_error,
+            stream=stream,
+            patience=patience,
         )
         return View(self._client, options)
 

@@ -250,6 +250,44 @@ def test_what_has_no_room_is_busy_and_says_when_to_come_back(
 
 
 @pytest.mark.process
+def test_who_is_patient_comes_back_when_told(tmp_path: Path, fifos: tuple[Fifo, Fifo]) -> None:
+    started, release = fifos
+    arguments = ("--workers", "1", "--max-queued", "4", "--max-share", "1")
+    with (
+        Served(tmp_path, *arguments) as served,
+        acomm.connect(served.url, default_timeout=WAIT) as client,
+    ):
+        patient = client.using(patience=WAIT)
+        client.submit("hold", started.path, release.path)
+        started.read()
+        calls = [patient.submit("add", number) for number in range(20)]
+        while client.stats()["admission"]["refused"] < 17:
+            pass
+        with pytest.raises(Busy):
+            client.using(patience=0.001).call("add", 0)
+        withdrawn = patient.submit("add", 100)
+        assert withdrawn.cancel()
+        release.close()
+        assert [call.result(WAIT) for call in calls] == list(range(20))
+
+
+@pytest.mark.process
+def test_closing_waits_for_those_who_come_back(tmp_path: Path, fifos: tuple[Fifo, Fifo]) -> None:
+    started, release = fifos
+    arguments = ("--workers", "1", "--max-queued", "1", "--max-share", "1")
+    with Served(tmp_path, *arguments) as served, acomm.connect(served.url) as other:
+        with acomm.connect(served.url) as client:
+            other.submit("hold", started.path, release.path)
+            started.read()
+            client.using(patience=WAIT).submit("add", 1)
+            while not other.stats()["admission"]["refused"]:
+                pass
+            release.close()
+        while other.stats()["counts"].get("ok", 0) < 2:  # it was taken before the end of `with`
+            pass
+
+
+@pytest.mark.process
 def test_what_an_earlier_supervisor_left_takes_room(tmp_path: Path, fifos: tuple[Fifo, Fifo]) -> None:
     tmp_path.chmod(0o700)
     started, release = fifos

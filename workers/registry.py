@@ -178,6 +178,7 @@ class Task(Generic[P, R]):
         on_success: Handler | None = None,
         on_error: Handler | None = None,
         stream: Source | None = None,
+        patience: float | None = None,
         client: Submitter | None = None,
     ) -> TaskView[P, R]:
         """A view of the task whose calls have these options; it is still called as the function.
@@ -192,6 +193,7 @@ class Task(Generic[P, R]):
             on_success=on_success,
             on_error=on_error,
             stream=stream,
+            patience=patience,
             client=client,
         )
 

@@ -71,12 +71,18 @@ class TaskView(Generic[P, R]):
         on_success: Handler | None = None,
         on_error: Handler | None = None,
         stream: Source | None = None,
+        patience: float | None = None,
         client: Submitter | None = None,
     ) -> TaskView[P, R]:
         """A view with these options besides its own. See `Task.using`."""
         from acomm.submitting import Options
 
         options = (self._options or Options()).using(
-            timeout=timeout, priority=priority, on_success=on_success, on_error=on_error, stream=stream
+            timeout=timeout,
+            priority=priority,
+            on_success=on_success,
+            on_error=on_error,
+            stream=stream,
+            patience=patience,
         )
         return TaskView(self._task, self._function, options, client or self._client)
