@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from acomm.channel import Channels, NoAcknowledgement, Outgoing
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Forbidden, TooLarge, printable
 from acomm.messages import Response, ok_ack
-from acomm.outbox import Dead, Fault, Finished, Outbox, Parcel, Reload, Why
+from acomm.outbox import Outbox
+from acomm.parcel import Dead, Fault, Finished, Parcel, Reload, Why
 from acomm.urls import redacted, unix_path
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from acomm.errors import (
 )
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
-from acomm.outbox import Finished, Reload
+from acomm.parcel import Finished, Reload
 from acomm.transport import Done
 from acomm.urls import replace_localhost, unix_path
 
