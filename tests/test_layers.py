@@ -23,6 +23,7 @@ ACOMM = {
     "jsontext": 1,
     "room": 0,
     "urls": 1,
+    "hosts": 1,
     "egress": 2,
     "origin": 0,
     "messages": 2,
