@@ -29,7 +29,6 @@ import msgspec
 from acomm import within
 from acomm.away import Away
 from acomm.calls import Call, Decode
-from acomm.channel import Outgoing
 from acomm.errors import (
     AcommError,
     BadRequest,
@@ -41,6 +40,7 @@ from acomm.errors import (
 )
 from acomm.messages import RESERVED, Request, Response
 from acomm.orphans import Orphans
+from acomm.outgoing import Outgoing
 from acomm.socketpath import default_socket
 from acomm.streamreaders import decline
 from acomm.streamsources import Source

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from acomm import handlers
-from acomm.channel import DEFAULT_TIMEOUT, Channels, Outgoing
+from acomm.channel import DEFAULT_TIMEOUT, Channels
 from acomm.deadlines import Deadlines
 from acomm.delivery import Delivery
 from acomm.errors import (
@@ -40,6 +40,7 @@ from acomm.errors import (
 )
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
+from acomm.outgoing import Outgoing
 from acomm.parcel import Finished, Reload
 from acomm.transport import Done
 from acomm.urls import replace_localhost, unix_path

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_all, read_frame
 
-from acomm import Handlers, Request, Response, Tracker, UnixListener, channel, tracker
+from acomm import Handlers, Request, Response, Tracker, UnixListener, tracker, unixchannel
 from acomm.channel import Channels
 from acomm.delivery import Delivery
 from acomm.errors import (
@@ -40,7 +40,7 @@ BOTH_LOOPS = True
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer on a busy machine may take longer than we wait to hear whether it grants."""
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", WAIT)
 
 
 @pytest.fixture
