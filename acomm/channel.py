@@ -19,8 +19,7 @@ import msgspec
 from acomm import messages, urls
 from acomm.errors import AcommError, ConnectionLost
 from acomm.httpchannel import HTTP_CONNECTIONS, HttpChannel
-from acomm.listener import encode_payload
-from acomm.messages import Request, Response
+from acomm.messages import Request, Response, encode_payload
 from acomm.outgoing import Channel, Outgoing
 from acomm.unixchannel import UnixChannel
 

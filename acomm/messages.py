@@ -449,6 +449,20 @@ def error_json(error: AcommError) -> bytes:
     return _safe_json(error.info())
 
 
+def encode_payload(payload: Any, wire: int, *, extended: bool = False) -> bytes:
+    """The bytes of a message: Request and Response in generation `wire`, bytes as they are, any other
+    value as JSON. Raises TypeError, and ValueError for what is `null` as JSON: it kills a Go peer.
+    """
+    if isinstance(payload, Request | Response):
+        return payload.encode(wire, extended=extended)
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    data = jsontext.encode(payload, "payload")
+    if data.strip() == b"null":
+        raise ValueError("a message cannot be null: it would kill a Go peer")
+    return data
+
+
 def salvage(data: bytes, *, raw: bool = False) -> tuple[str, int, bool, str | None]:
     """What can be read of a request that did not decode: its id, generation, whether it asked for
     extensions, and its hook; so that the refusal reaches the right place in the right spelling.

@@ -25,6 +25,7 @@ import msgspec
 
 from acomm import handlers
 from acomm.channel import DEFAULT_TIMEOUT, Channels
+from acomm.connection import Connection
 from acomm.deadlines import Deadlines
 from acomm.delivery import Delivery
 from acomm.errors import (
@@ -38,7 +39,7 @@ from acomm.errors import (
     TaskError,
     printable,
 )
-from acomm.listener import Connection, UnixListener
+from acomm.listener import UnixListener
 from acomm.messages import Handler, Handlers, Request, Response, ok_ack
 from acomm.outgoing import Outgoing
 from acomm.parcel import Finished, Reload

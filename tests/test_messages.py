@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from acomm import messages
 from acomm.errors import AcommError, BadRequest, Busy, TaskError, WorkerLost
-from acomm.listener import encode_payload
-from acomm.messages import Handlers, Request, Response, ok_ack, salvage
+from acomm.messages import Handlers, Request, Response, encode_payload, ok_ack, salvage
 
 HOOK = "unix:///run/t.sock"
 URL = (

@@ -16,6 +16,7 @@ import pytest
 from acomm.calls import Call
 from acomm.channel import Channels
 from acomm.client import connect
+from acomm.connection import Connection
 from acomm.delivery import Delivery
 from acomm.errors import (
     CallCancelled,
@@ -25,7 +26,7 @@ from acomm.errors import (
     TaskError,
     UnknownTask,
 )
-from acomm.listener import Connection, UnixListener
+from acomm.listener import UnixListener
 from acomm.messages import Request, Response, ok_ack
 from acomm.multi import Gathered, MultiRequest, gather
 from acomm.tracker import Tracker

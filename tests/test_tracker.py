@@ -20,6 +20,7 @@ from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_
 
 from acomm import Handlers, Request, Response, Tracker, UnixListener, tracker, unixchannel
 from acomm.channel import Channels
+from acomm.connection import Connection
 from acomm.delivery import Delivery
 from acomm.errors import (
     AcommError,
@@ -31,7 +32,6 @@ from acomm.errors import (
     TaskError,
     UnknownTask,
 )
-from acomm.listener import Connection
 from acomm.messages import ok_ack
 
 BOTH_LOOPS = True
