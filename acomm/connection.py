@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, overload
 import msgspec
 
 from acomm import jsontext
+from acomm.acks import salvage
 from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost
-from acomm.messages import Request, Response, encode_payload, salvage
+from acomm.messages import Request, Response, encode_payload
 from acomm.room import COME_BACK, SMALL, Room
 from acomm.transport import Done, FrameProtocol
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from heapq import nlargest
 from typing import TYPE_CHECKING, Any, Protocol
 
+from acomm.acks import ok_ack
 from acomm.channel import Channels
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Forbidden, TooLarge, printable
-from acomm.messages import Response, ok_ack
+from acomm.messages import Response
 from acomm.outbox import Outbox
 from acomm.outgoing import NoAcknowledgement, Outgoing
 from acomm.parcel import Dead, Fault, Finished, Parcel, Reload, Why

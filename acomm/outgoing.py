@@ -8,8 +8,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from acomm.acks import ok_ack
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, printable
-from acomm.messages import Response, ok_ack
+from acomm.messages import Response
 
 if TYPE_CHECKING:
     import aiohttp

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from acomm import handlers
+from acomm.acks import ok_ack
 from acomm.channel import DEFAULT_TIMEOUT, Channels
 from acomm.connection import Connection
 from acomm.deadlines import Deadlines
@@ -40,7 +41,7 @@ from acomm.errors import (
     printable,
 )
 from acomm.listener import UnixListener
-from acomm.messages import Handler, Handlers, Request, Response, ok_ack
+from acomm.messages import Handler, Handlers, Request, Response
 from acomm.outgoing import Outgoing
 from acomm.parcel import Finished, Reload
 from acomm.transport import Done

@@ -15,9 +15,9 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
+from acomm.acks import STORED_TAIL
 from acomm.errors import AcommError, ConnectionLost, printable
 from acomm.framing import DEFAULT_MAX_FRAME, HEADER, Framer, FrameTooLarge
-from acomm.messages import STORED_TAIL
 from acomm.outgoing import Channel, NoAcknowledgement, Outgoing, Owner, ack_error, unreachable
 from acomm.transport import FrameProtocol
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from acomm.acks import ok_ack
 from acomm.calls import Call
 from acomm.channel import Channels
 from acomm.client import connect
@@ -27,7 +28,7 @@ from acomm.errors import (
     UnknownTask,
 )
 from acomm.listener import UnixListener
-from acomm.messages import Request, Response, ok_ack
+from acomm.messages import Request, Response
 from acomm.multi import Gathered, MultiRequest, gather
 from acomm.tracker import Tracker
 

@@ -19,6 +19,7 @@ import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_all, read_frame
 
 from acomm import Handlers, Request, Response, Tracker, UnixListener, tracker, unixchannel
+from acomm.acks import ok_ack
 from acomm.channel import Channels
 from acomm.connection import Connection
 from acomm.delivery import Delivery
@@ -32,7 +33,6 @@ from acomm.errors import (
     TaskError,
     UnknownTask,
 )
-from acomm.messages import ok_ack
 
 BOTH_LOOPS = True
 

@@ -13,9 +13,10 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from acomm import messages
+from acomm.acks import ok_ack, salvage
 from acomm.errors import AcommError, WorkerLost
 from acomm.framing import Framer, FrameTooLarge, frame
-from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.messages import Request, Response
 from acomm.outgoing import ack_error
 from acomm.tracker import Tracker
 from workers.callers import Callers
