@@ -54,11 +54,12 @@ ACOMM = {
     "streams": 6,
     "delivery": 7,
     "submitting": 7,
-    "tracker": 8,
-    "multi": 9,
-    "orphans": 9,
-    "watch": 9,
-    "client": 10,
+    "tracker": 9,
+    "multi": 10,
+    "orphans": 10,
+    "watch": 10,
+    "client": 11,
+    "tracking": 8,
     "__init__": TOP,
 }
 

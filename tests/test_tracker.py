@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_all, read_frame
 
-from acomm import Handlers, Request, Response, Tracker, UnixListener, tracker, unixchannel
+from acomm import Handlers, Request, Response, Tracker, UnixListener, unixchannel
 from acomm.acks import ok_ack
 from acomm.channel import Channels
 from acomm.connection import Connection
@@ -343,7 +343,7 @@ async def test_what_came_pickled_is_not_unpickled_unless_told_to(tracking: Track
 async def test_a_slow_handler_holds_up_the_response_only_so_long(
     tracking: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "HANDLER_WAIT", 0.05)
+    monkeypatch.setattr("acomm.tracking.HANDLER_WAIT", 0.05)
     release, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     async def handler(request: Request, response: Response) -> None:
