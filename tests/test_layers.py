@@ -151,6 +151,8 @@ WORKERS = {
     "failedcommands": 6,
     "commands": 2,
     "servecommand": 13,
+    "router": 0,
+    "poolview": 6,
     "__init__": TOP,
     "__main__": TOP,
 }
