@@ -60,6 +60,7 @@ ACOMM = {
     "watch": 10,
     "client": 11,
     "tracking": 8,
+    "defaultclient": 12,
     "__init__": TOP,
 }
 
@@ -132,7 +133,7 @@ WORKERS = {
     "dispatcher": 4,
     "pickledworker": 4,
     "generations": 4,
-    "processes": 5,
+    "processes": 6,
     "worker": 4,
     "receipts": 6,
     "pool": 7,
@@ -153,6 +154,7 @@ WORKERS = {
     "servecommand": 13,
     "router": 0,
     "poolview": 6,
+    "workerprocess": 5,
     "__init__": TOP,
     "__main__": TOP,
 }

@@ -15,7 +15,7 @@ import zmq
 
 from workers import generations as generations_module
 from workers import pool as pool_module
-from workers import processes as processes_module
+from workers import workerprocess
 from workers.calls import READY, Answer, Call, Outcome
 from workers.errors import CallCancelled, CallTimeout, ConfigError, Poisoned, TaskError, TooLarge, WorkerLost
 from workers.pool import Pool
@@ -522,7 +522,7 @@ def test_a_stranger_is_not_heard(single: Driver, fifo: Fifo) -> None:
 
 
 def test_a_stranger_with_the_identity_of_a_worker_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes_module.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
+    monkeypatch.setattr(workerprocess.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
     driver = make(1)
     context = zmq.Context()
     try:

@@ -31,12 +31,13 @@ from workers.errors import ConfigError, WorkerLost
 from workers.exchange import Exchange
 from workers.memory import Gauges
 from workers.poolview import CallInfo, WorkerInfo, under_way, worker_info
-from workers.processes import OnTrial, Processes, Worker
+from workers.processes import OnTrial, Processes
 from workers.receipts import worker_lost
 from workers.router import Router
 from workers.scaling import Load, Scaler
 from workers.scoreboard import Slot
 from workers.workerloop import Settings
+from workers.workerprocess import Worker
 
 _LAST_WORDS = 0.5
 """Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from workers.calls import Call
 from workers.errors import printable
-from workers.processes import Worker
 from workers.scoreboard import Slot
+from workers.workerprocess import Worker
 
 
 class CallInfo(NamedTuple):
