@@ -362,7 +362,7 @@ def _as_rule(name: str | None, address: IP, kind: str | None) -> str:
     return f"[{address}]" if address.version == 6 else str(address)
 
 
-# -- files --------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------
 
 
 def _unix_path(url: str, what: str) -> str | None:

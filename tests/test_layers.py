@@ -130,7 +130,7 @@ WORKERS = {
     "mapped": 3,
     "overlapping": 3,
     "workerloop": 3,
-    "dispatcher": 4,
+    "dispatcher": 5,
     "pickledworker": 4,
     "generations": 4,
     "processes": 6,
@@ -155,6 +155,7 @@ WORKERS = {
     "router": 0,
     "poolview": 6,
     "workerprocess": 5,
+    "assigning": 4,
     "__init__": TOP,
     "__main__": TOP,
 }

@@ -24,8 +24,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from workers.assigning import OVERLAP
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, StreamPlace, cancelling
-from workers.dispatcher import OVERLAP, Dispatcher, Doom, Plea, Running
+from workers.dispatcher import Dispatcher, Doom, Plea, Running
 from workers.ending import Graces
 from workers.errors import ConfigError, WorkerLost
 from workers.exchange import Exchange
