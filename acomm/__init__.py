@@ -34,9 +34,11 @@ from acomm.errors import (
 if TYPE_CHECKING:
     from acomm.calls import Call, Progress
     from acomm.channel import send, send_sync
-    from acomm.client import Client, connect, default_client
+    from acomm.client import Client, connect
+    from acomm.connection import Connection, Peer
+    from acomm.defaultclient import default_client
     from acomm.itemstream import Stream
-    from acomm.listener import Connection, Peer, UnixListener, send_conn_data, unmarshal_conn_data
+    from acomm.listener import UnixListener, send_conn_data, unmarshal_conn_data
     from acomm.messages import Handlers, Request, Response
     from acomm.multi import MultiRequest, gather
     from acomm.streamreaders import open_stream, stream
@@ -49,9 +51,11 @@ _homes = {
     for module, names in {
         "calls": "Call Progress",
         "channel": "send send_sync",
-        "client": "Client connect default_client",
+        "client": "Client connect",
+        "defaultclient": "default_client",
         "itemstream": "Stream",
-        "listener": "Connection Peer UnixListener send_conn_data unmarshal_conn_data",
+        "connection": "Connection Peer",
+        "listener": "UnixListener send_conn_data unmarshal_conn_data",
         "messages": "Handlers Request Response",
         "multi": "MultiRequest gather",
         "streamreaders": "open_stream stream",

@@ -13,7 +13,6 @@ Calls are resolved there. What callers write down while that thread is busy leav
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
@@ -29,7 +28,6 @@ import msgspec
 from acomm import within
 from acomm.away import Away
 from acomm.calls import Call, Decode
-from acomm.channel import Outgoing
 from acomm.errors import (
     AcommError,
     BadRequest,
@@ -42,6 +40,7 @@ from acomm.errors import (
 )
 from acomm.messages import RESERVED, Request, Response
 from acomm.orphans import Orphans
+from acomm.outgoing import Outgoing
 from acomm.socketpath import default_socket
 from acomm.streamreaders import decline
 from acomm.streamsources import Source
@@ -481,37 +480,3 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
-
-
-# -- the client of a program that has not made one ----------------------------------------------------
-
-_default: Client | None = None
-_default_lock = threading.Lock()
-
-
-def default_client() -> Client:
-    """The client that `Task.submit` uses, one a process: made when it is first needed, with the URL that
-    `default_url` gives then, and made anew after a fork, or when it was closed. It is closed at exit.
-    """
-    global _default
-    with _default_lock:
-        if _default is None or not _default.usable:
-            if _default is None:
-                atexit.register(_close_default)
-            _default = connect()
-        return _default
-
-
-def _close_default() -> None:
-    if _default is not None:
-        _default.close()
-
-
-def _after_fork() -> None:
-    # Another thread may have held the lock, and the client's own thread is not here.
-    global _default, _default_lock
-    _default = None
-    _default_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

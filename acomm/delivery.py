@@ -14,10 +14,13 @@ from collections.abc import Callable
 from heapq import nlargest
 from typing import TYPE_CHECKING, Any, Protocol
 
-from acomm.channel import Channels, NoAcknowledgement, Outgoing
+from acomm.acks import ok_ack
+from acomm.channel import Channels
 from acomm.errors import AcommError, BadRequest, ConnectionLost, Forbidden, TooLarge, printable
-from acomm.messages import Response, ok_ack
-from acomm.outbox import Dead, Fault, Finished, Outbox, Parcel, Reload, Why
+from acomm.messages import Response
+from acomm.outbox import Outbox
+from acomm.outgoing import NoAcknowledgement, Outgoing
+from acomm.parcel import Dead, Fault, Finished, Parcel, Reload, Why
 from acomm.urls import redacted, unix_path
 
 if TYPE_CHECKING:

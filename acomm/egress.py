@@ -33,76 +33,29 @@ import stat
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from typing import Any, NamedTuple
 
 from acomm import urls
 from acomm.errors import BadRequest, ConfigError, Forbidden, printable
+from acomm.hosts import (
+    IP,
+    Network,
+    canonical_name,
+    ends_in_number,
+    host_and_port,
+    kind_of,
+    known_addresses,
+    spelled_address,
+    unmapped,
+    usual_port,
+)
 from acomm.origin import Origin
 
-IP = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
-
-USUAL_PORTS = frozenset({80, 443})
-BLOCKED_PORTS = frozenset(
-    {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
-)
-"""From 1024 up, the "bad ports" of the Fetch standard: their protocols may take a POST for commands."""
-
-# IANA's IPv4 and IPv6 special-purpose address registries. The first range that fits gives the kind, so
-# metadata services, which lie within the others, come first: AWS (also ECS, EKS), Alibaba, Oracle, Azure;
-# then AWS, EKS, Google, Oracle, Scaleway and OpenStack over IPv6.
-_special: dict[str, str] = {
-    "metadata": (
-        "169.254.169.254 169.254.170.2 169.254.170.23 100.100.100.200 192.0.0.192 168.63.129.16 "
-        "fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
-    ),
-    "loopback": "127.0.0.0/8 ::1",
-    "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7 fec0::/10",
-    "shared (CGNAT)": "100.64.0.0/10",
-    "link-local": "169.254.0.0/16 fe80::/10",
-    "unspecified": "0.0.0.0/8 ::",
-    "multicast": "224.0.0.0/4 ff00::/8",
-    "broadcast": "255.255.255.255",
-    "benchmarking": "198.18.0.0/15 2001:2::/48",
-    "documentation": "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20",
-    "Teredo": "2001::/32",
-    "6to4": "2002::/16 192.88.99.0/24",
-    "reserved": "192.0.0.0/24 240.0.0.0/4 2001::/23",
-}
-_ranges: list[tuple[str, Network]] = [
-    (kind, ipaddress.ip_network(text)) for kind, texts in _special.items() for text in texts.split()
-]
-_global_unicast = IPv6Network("2000::/3")
-_nat64 = IPv6Network("64:ff9b::/96")
-_isatap = (0x00005EFE, 0x02005EFE)  # RFC 5214: the upper half of an interface identifier
-
+_rule = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::(\*|[0-9]{1,5}))?", re.ASCII)
 # What a name inside an organisation may well lead to. A rule that allows a name does not allow whoever
 # runs its DNS to point it at the metadata service: for the other kinds the address itself must be allowed.
 _named_kinds = frozenset({None, "loopback", "private", "shared (CGNAT)"})
-
-_loopback: tuple[IP, ...] = (IPv4Address("127.0.0.1"), IPv6Address("::1"))
-_known_names: dict[str, tuple[IP, ...]] = {
-    **dict.fromkeys(
-        "localhost localhost4 localhost6 localhost.localdomain localhost4.localdomain4 "
-        "localhost6.localdomain6 ip6-localhost ip6-loopback".split(),
-        _loopback,
-    ),
-    **dict.fromkeys(
-        "metadata metadata.google.internal metadata.goog instance-data instance-data.ec2.internal "
-        "metadata.azure.com metadata.azure.internal metadata.tencentyun.com".split(),
-        (IPv4Address("169.254.169.254"),),
-    ),
-}
-"""Names whose addresses are known without asking: they are refused at submission."""
-
-# Authority and no more; what this does not match, two parsers might read in two ways.
-_http_url = re.compile(
-    r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([1-9][0-9]{0,4}))?(?=[/?#]|\Z)", re.ASCII | re.IGNORECASE
-)
-_label = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-_number = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
-_rule = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::(\*|[0-9]{1,5}))?", re.ASCII)
 _ucred = struct.Struct("iII")
 _ANY_PORT = 0
 _lookup_options: dict[str, Any] = {
@@ -128,7 +81,7 @@ class _Rule(NamedTuple):
     port: int | None
 
     def takes_port(self, port: int) -> bool:
-        return self.port == _ANY_PORT or (_usual(port) if self.port is None else self.port == port)
+        return self.port == _ANY_PORT or (usual_port(port) if self.port is None else self.port == port)
 
     def covers(self, name: str | None, address: IP, kind: str | None, port: int) -> bool:
         if not self.takes_port(port):
@@ -187,35 +140,34 @@ class Policy:
         """Judge a URL by its text alone: no DNS, no file is looked at. Raises Forbidden."""
         path = _unix_path(url, what)
         if path is None:
-            host, port = _host_and_port(url, what)
+            host, port = host_and_port(url, what)
             self._check_host(host, port, origin, what)
         elif origin.via == "http" and not origin.trusted:
             raise Forbidden(f"{what} is a unix socket, which {origin} may name only with the token")
 
     def _check_host(self, host: str, port: int, origin: Origin, what: str) -> None:
-        literal = _literal(host, what)
+        literal = spelled_address(host, what)
         if literal is not None:
             self._judge(None, literal, port, origin, what)
             return
-        name = _canonical_name(host)
+        name = canonical_name(host)
         if name is None:
             raise Forbidden(f"{what} has a host that is no name: {printable(host)}")
-        known = _loopback if name.endswith(".localhost") else _known_names.get(name, ())
-        for address in known:
+        for address in known_addresses(name):
             self._judge(name, address, port, origin, what)
         # Whether a rule for some network covers this one is known when the name is resolved.
-        if not _usual(port) and not any(
+        if not usual_port(port) and not any(
             rule.takes_port(port) and (rule.network is not None or rule.name == name) for rule in self._tcp
         ):
             raise Forbidden(f"{what} leads to port {port}, which is not open to hooks")
 
     def _judge(self, name: str | None, address: IP, port: int, origin: Origin, what: str) -> None:
         """Judge one address, which `name` resolves to, or which stands in the URL (None)."""
-        address = _unmapped(address)
-        kind = _kind(address)
+        address = unmapped(address)
+        kind = kind_of(address)
         if any(rule.covers(name, address, kind, port) for rule in self._tcp):
             return
-        if not _usual(port):
+        if not usual_port(port):
             raise Forbidden(f"{what} leads to port {port}, which is not open to hooks")
         if kind is None or (kind == "loopback" and origin.local):
             return
@@ -234,13 +186,13 @@ class Policy:
         Forbidden, and OSError (socket.gaierror) when the name does not resolve.
         """
         self.check(url, origin, what)
-        host, port = _host_and_port(url, what)
+        host, port = host_and_port(url, what)
         return await self.lookup(host, port, socket.AF_UNSPEC, origin, what)
 
     def resolve_sync(self, url: str, origin: Origin, what: str = "the hook") -> list[Address]:
         """`resolve` for code without an event loop: it blocks while the name is looked up."""
         self.check(url, origin, what)
-        host, port = _host_and_port(url, what)
+        host, port = host_and_port(url, what)
         known = self._known_address(host, port, origin, what)
         if known is not None:
             return [known]
@@ -258,7 +210,7 @@ class Policy:
     def _known_address(self, host: str, port: int, origin: Origin, what: str) -> Address | None:
         """The address that `host` is, judged; None for a name, which has passed as far as it is known."""
         self._check_host(host, port, origin, what)
-        literal = _literal(host, what)
+        literal = spelled_address(host, what)
         if literal is None:
             return None
         return Address(str(literal), port, socket.AF_INET if literal.version == 4 else socket.AF_INET6)
@@ -270,7 +222,7 @@ class Policy:
         addresses = dict.fromkeys(Address(str(to[0]), port, int(kind)) for kind, _, _, _, to in found)
         if not addresses:
             raise OSError(f"{printable(host)} has no address")
-        name = _canonical_name(host)
+        name = canonical_name(host)
         for address in addresses:
             bare = address.host.partition("%")[0]  # a zone does not change the kind
             self._judge(name, ipaddress.ip_address(bare), port, origin, what)
@@ -360,90 +312,6 @@ class Guard(NamedTuple):
     origin: Origin
 
 
-# -- spelling ---------------------------------------------------------------------------------------
-
-
-def _unix_path(url: str, what: str) -> str | None:
-    """The path of a unix URL, None for an http or https one. Raises Forbidden for all others."""
-    try:
-        urls.check(url, what)
-    except BadRequest as error:
-        raise Forbidden(str(error)) from None
-    path = urls.unix_path(url)
-    if path is not None and ".." in path.split("/"):
-        raise Forbidden(f"{what} has '..' in its path: {printable(path)}")
-    return path
-
-
-def _host_and_port(url: str, what: str) -> tuple[str, int]:
-    match = _http_url.match(url)
-    if match is None:
-        raise Forbidden(
-            f"{what} has a host that is not plain: {printable(url)}; write names in ASCII (xn--...), "
-            "addresses as four decimal numbers or in brackets, and no percent signs"
-        )
-    scheme, host, port = match.groups()
-    return host, int(port) if port else (443 if scheme.lower() == "https" else 80)
-
-
-def _literal(host: str, what: str) -> IP | None:
-    """The address that `host` spells in its one canonical way, None for a name. Raises Forbidden for
-    numbers that some resolver takes for an address: `127.1`, `0177.0.0.1`, `0x7f000001`, `2130706433`.
-    """
-    try:
-        if ":" in host:
-            return IPv6Address(host.removeprefix("[").removesuffix("]"))
-        # The URL standard's test: a name never ends in a number.
-        if _number.fullmatch(host.removesuffix(".").rpartition(".")[2].lower()):
-            return IPv4Address(host)
-    except ValueError:
-        raise Forbidden(
-            f"{what} has a host that is a disguised or broken address: {printable(host)}"
-        ) from None
-    return None
-
-
-def _canonical_name(host: str) -> str | None:
-    """A DNS name in lower case without its last dot; None if it is none."""
-    name = host.lower().removesuffix(".")
-    valid = len(name) <= 253 and all(_label.fullmatch(label) for label in name.split("."))
-    return name if valid else None
-
-
-# -- addresses --------------------------------------------------------------------------------------
-
-
-def _usual(port: int) -> bool:
-    return port in USUAL_PORTS or (1024 <= port <= 65535 and port not in BLOCKED_PORTS)
-
-
-def _unmapped(address: IP) -> IP:
-    """The IPv4 address that the kernel really connects to for `::ffff:a.b.c.d`."""
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
-
-
-def _kind(address: IP) -> str | None:
-    """What is special about an address; None for the public internet."""
-    for kind, network in _ranges:
-        if address in network:
-            return kind
-    if isinstance(address, IPv4Address):
-        return None
-    inner = IPv4Address(int(address) & 0xFFFFFFFF)
-    if address in _nat64 or (int(address) >> 32) & 0xFFFFFFFF in _isatap:
-        kind_within = _kind(inner)
-        if kind_within is not None:
-            return f"{kind_within}: a tunnel to {inner}"
-        return None if address in _nat64 else _outside(address)
-    return _outside(address)
-
-
-def _outside(address: IPv6Address) -> str | None:
-    return None if address in _global_unicast else "reserved"
-
-
 # -- rules ------------------------------------------------------------------------------------------
 
 
@@ -456,9 +324,9 @@ def _tcp_rule(text: str) -> _Rule:
         raise _bad_rule(text, f"there is no port {port}")
     host = match[1]
     bracketed = host.startswith("[")
-    if bracketed or "/" in host or _number.fullmatch(host.rpartition(".")[2].lower()):
+    if bracketed or "/" in host or ends_in_number(host):
         return _Rule(None, _network(text, host[1:-1] if bracketed else host, 6 if bracketed else 4), port)
-    name = _canonical_name(host)
+    name = canonical_name(host)
     if name is None:
         raise _bad_rule(text, f"{printable(host)} is no host name; for an IPv6 address use brackets")
     return _Rule(name, None, port)
@@ -495,6 +363,18 @@ def _as_rule(name: str | None, address: IP, kind: str | None) -> str:
 
 
 # -- files ------------------------------------------------------------------------------------------
+
+
+def _unix_path(url: str, what: str) -> str | None:
+    """The path of a unix URL, None for an http or https one. Raises Forbidden for all others."""
+    try:
+        urls.check(url, what)
+    except BadRequest as error:
+        raise Forbidden(str(error)) from None
+    path = urls.unix_path(url)
+    if path is not None and ".." in path.split("/"):
+        raise Forbidden(f"{what} has '..' in its path: {printable(path)}")
+    return path
 
 
 def _below(path: str, prefixes: tuple[str, ...]) -> bool:

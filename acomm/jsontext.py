@@ -54,6 +54,35 @@ def encode(value: Any, what: str = "value") -> bytes:
     return data
 
 
+def encode_anyhow(value: Any) -> bytes:
+    """JSON of what may hold lone surrogates, as exception messages do, or things that JSON cannot
+    express, as receipts may: an error must reach its caller whatever is in it.
+    """
+    try:
+        return _encode(value)
+    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
+        return _encode(_replaced(value))
+
+
+_MAX_DEPTH = 20
+
+
+def _replaced(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, bool | float):
+        return value
+    if depth == _MAX_DEPTH:
+        return "..."
+    if isinstance(value, dict):
+        return {_replaced(str(key)): _replaced(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, depth + 1) for item in value]
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    return _replaced(printable(repr(value)))
+
+
 _NEVER_NULL: frozenset[type] = frozenset({str, int, bool, bytes, type(None), msgspec.Raw})
 """Types whose values need no second look once they were encoded; most of any message is of these."""
 

@@ -26,19 +26,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from acomm import handlers, jsontext, urls
-from acomm.accepted import Accepted
-from acomm.errors import AcommError, BadRequest, ConfigError, from_wire, printable
+from acomm.errors import AcommError, BadRequest, ConfigError, from_wire
+from acomm.members import (
+    GENERATION_3_KEYS,
+    MAX_ID,
+    MAX_TASK,
+    REQUEST_KEYS,
+    RESPONSE_KEYS,
+    STRING,
+    asks_for_more,
+    check_name,
+    folded,
+    read_text,
+    read_value,
+)
 
 T = TypeVar("T")
 Handler = Callable[["Request", "Response"], Any]
 
-MAX_ID = 1024
-MAX_TASK = 255
 MAX_PRIORITY = 2**31 - 1
 """Either way of zero; what a database column and every other language's integer hold."""
 
@@ -47,18 +57,11 @@ GENERATIONS = (1, 2, 3)
 RESERVED = "acomm."
 """Tasks whose names begin so are a supervisor's own verbs (`acomm.stats`)."""
 
-_string = msgspec.json.Decoder(str | None)
 _number = msgspec.json.Decoder(float | None)
 _integer = msgspec.json.Decoder(int | None)
 _flag = msgspec.json.Decoder(bool | None)
 _anything = msgspec.json.Decoder()
 _quote = msgspec.json.encode
-
-_request_keys = frozenset(
-    "id task args responsehook taskurl streamurl acomm timeout priority handlers detached".split()
-)
-_response_keys = frozenset("error id result stream_url streamurl acomm error_info stream_format".split())
-_generation_3_keys = frozenset({"responseHook", "taskURL", "streamURL"})
 
 
 class Handlers(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -127,8 +130,8 @@ class Request(_Positional, frozen=True, kw_only=True):
 
     def validate(self) -> None:
         """Check the request as its receiver will. Raises BadRequest, which says what to mend."""
-        _check_name("id", self.id, MAX_ID)
-        _check_name("task", self.task, MAX_TASK)
+        check_name("id", self.id, MAX_ID)
+        check_name("task", self.task, MAX_TASK)
         for what, url in (
             ("response hook", self.response_hook),
             ("task URL", self.task_url),
@@ -149,28 +152,28 @@ class Request(_Positional, frozen=True, kw_only=True):
         """
         if not raw and (request := _decode_own_request(data, localhost)) is not None:
             return request
-        fields = jsontext.object_fields(data, _request_keys, "request")
-        wire = 1 if raw else 2 if _generation_3_keys.isdisjoint(fields) else 3
-        get = _folded(fields, _request_keys, "request").get
+        fields = jsontext.object_fields(data, REQUEST_KEYS, "request")
+        wire = 1 if raw else 2 if GENERATION_3_KEYS.isdisjoint(fields) else 3
+        get = folded(fields, REQUEST_KEYS, "request").get
         args = get("args")
         if args is not None:
             jsontext.check_value(args, "args")
         request = cls(
-            _text(get("task"), "task"),
+            read_text(get("task"), "task"),
             args,
-            id=_text(get("id"), "id"),
+            id=read_text(get("id"), "id"),
             response_hook=urls.decode(get("responsehook"), "response hook", localhost),
             task_url=urls.decode(get("taskurl"), "task URL") if wire == 3 else None,
             stream_url=urls.decode(get("streamurl"), "stream URL", localhost) if wire == 3 else None,
-            timeout=_value(_number, get("timeout"), "timeout"),
-            priority=_value(_integer, get("priority"), "priority") or 0,
-            handlers=_value(_handlers, get("handlers"), "handlers"),
+            timeout=read_value(_number, get("timeout"), "timeout"),
+            priority=read_value(_integer, get("priority"), "priority") or 0,
+            handlers=read_value(_handlers, get("handlers"), "handlers"),
             wire=wire,
-            extended=_asked(get("acomm")),
-            detached=_value(_flag, get("detached"), "detached") or False,
+            extended=asks_for_more(get("acomm")),
+            detached=read_value(_flag, get("detached"), "detached") or False,
         )
-        _check_name("id", request.id, MAX_ID)
-        _check_name("task", request.task, MAX_TASK)
+        check_name("id", request.id, MAX_ID)
+        check_name("task", request.task, MAX_TASK)
         _check_limits(request)
         if request.response_hook is None and wire < 3 and request.handlers is None:
             raise BadRequest("missing response hook")
@@ -273,9 +276,9 @@ class Response(msgspec.Struct, frozen=True):
         """Read a response or acknowledgement of any generation. Raises BadRequest."""
         if (response := _decode_own_response(data)) is not None:
             return response
-        fields = jsontext.object_fields(data, _response_keys, "response")
-        get = _folded(fields, _response_keys, "response").get
-        text = _text(get("error"), "error")
+        fields = jsontext.object_fields(data, RESPONSE_KEYS, "response")
+        get = folded(fields, RESPONSE_KEYS, "response").get
+        text = read_text(get("error"), "error")
         error = None
         if text:
             info = get("error_info")
@@ -288,8 +291,10 @@ class Response(msgspec.Struct, frozen=True):
                 result = None
         # Who does not know our generation sends both keys, one of them null.
         stream = urls.decode(get("streamurl"), "stream URL") or urls.decode(get("stream_url"), "stream URL")
-        stream_format = _value(_string, get("stream_format"), "stream_format")
-        response = cls(_text(get("id"), "id"), None, error, stream, _asked(get("acomm")), stream_format)
+        stream_format = read_value(STRING, get("stream_format"), "stream_format")
+        response = cls(
+            read_text(get("id"), "id"), None, error, stream, asks_for_more(get("acomm")), stream_format
+        )
         # A peer may send both; like the original we then handle the error and keep the result.
         msgspec.structs.force_setattr(response, "result", result)
         return response
@@ -369,10 +374,10 @@ def _decode_own_request(data: bytes, localhost: str | None = None) -> Request | 
     timeout, priority = None, 0
     if own.timeout is not _ABSENT:
         size += len(',"timeout":') + len(memoryview(own.timeout))
-        timeout = _value(_number, own.timeout, "timeout")
+        timeout = read_value(_number, own.timeout, "timeout")
     if own.priority is not _ABSENT:
         size += len(',"priority":') + len(memoryview(own.priority))
-        priority = _value(_integer, own.priority, "priority") or 0
+        priority = read_value(_integer, own.priority, "priority") or 0
     if size != len(data) or own.acomm != 1:
         return None
     jsontext.check_value(args, "args")
@@ -385,8 +390,8 @@ def _decode_own_request(data: bytes, localhost: str | None = None) -> Request | 
         priority=priority,
         extended=True,
     )
-    _check_name("id", own.id, MAX_ID)
-    _check_name("task", own.task, MAX_TASK)
+    check_name("id", own.id, MAX_ID)
+    check_name("task", own.task, MAX_TASK)
     if timeout is not None or priority:
         _check_limits(request)
     return request
@@ -421,104 +426,23 @@ def set_transport(transport: Transport) -> None:
     _transport = transport
 
 
-def ok_ack(id_json: bytes, wire: int, extended: bool, accepted: Accepted | None = None) -> bytes:
-    """The acknowledgement of a message that was taken; `id_json` is its id as JSON text. Where a request
-    stands goes to who asked for extensions, and comes last: the rest is what its sender expects.
-    """
-    key = b"stream_url" if wire == 2 else b"streamURL"
-    if not extended:
-        tail = b"}"
-    elif accepted is None:
-        tail = b',"acomm":1}'
-    else:
-        tail = b',"acomm":1,"accepted":%b}' % accepted.json()
-    return b'{"error":"","id":%b,"result":null,"%b":null%b' % (id_json, key, tail)
-
-
-STORED_TAIL = b',"stored":true}'
-"""The end of an acknowledgement to one of our own kind: the request outlives the supervisor."""
-
-
-def stored_ack(ack: bytes) -> bytes:
-    """`ack`, and that the request is stored."""
-    return ack[:-1] + STORED_TAIL
-
-
 def error_json(error: AcommError) -> bytes:
     """The `error_info` object of `error` as JSON."""
-    return _safe_json(error.info())
+    return jsontext.encode_anyhow(error.info())
 
 
-def salvage(data: bytes, *, raw: bool = False) -> tuple[str, int, bool, str | None]:
-    """What can be read of a request that did not decode: its id, generation, whether it asked for
-    extensions, and its hook; so that the refusal reaches the right place in the right spelling.
+def encode_payload(payload: Any, wire: int, *, extended: bool = False) -> bytes:
+    """The bytes of a message: Request and Response in generation `wire`, bytes as they are, any other
+    value as JSON. Raises TypeError, and ValueError for what is `null` as JSON: it kills a Go peer.
     """
-    try:
-        fields = jsontext.object_fields(data, frozenset(), "request")
-    except BadRequest:
-        return "", 1 if raw else 2, False, None
-    wire = 1 if raw else 2 if _generation_3_keys.isdisjoint(fields) else 3
-    folded = {name.casefold(): raw for name, raw in fields.items()}
-    try:
-        id = _text(folded.get("id"), "id")
-        _check_name("id", id, MAX_ID)
-    except BadRequest:
-        id = ""
-    try:
-        hook = urls.decode(folded.get("responsehook"), "response hook")
-    except BadRequest:
-        hook = None
-    extended = "acomm" in folded and bytes(folded["acomm"]) == b"1"
-    return id, wire, extended, hook
-
-
-def _folded(fields: dict[str, msgspec.Raw], known: frozenset[str], what: str) -> dict[str, msgspec.Raw]:
-    folded = {_fold.get(name) or name.casefold(): raw for name, raw in fields.items()}
-    if len(folded) < len(fields):
-        names = [name.casefold() for name in fields]
-        for name in known:
-            if names.count(name) > 1:
-                raise BadRequest(f"{what} has the key {name!r} twice")
-    return folded
-
-
-_fold = {
-    name: name.casefold()
-    for name in (
-        "id task args responseHook responsehook taskURL streamURL acomm timeout priority handlers detached "
-        "error result stream_url error_info stream_format"
-    ).split()
-}
-
-
-def _text(raw: msgspec.Raw | None, what: str) -> str:
-    if raw is None:
-        return ""
-    return _value(_string, raw, what) or ""
-
-
-def _value(decoder: msgspec.json.Decoder[T], raw: msgspec.Raw | None, what: str) -> T:
-    if raw is None:
-        return cast(T, None)
-    try:
-        return decoder.decode(raw)
-    except jsontext.INVALID as error:
-        # msgspec names a wrong type by what it expected; the lists of alternatives read badly.
-        reason = jsontext.why_invalid(error, memoryview(raw)).replace(" | null", "").replace("`", "")
-        raise BadRequest(f"{what}: {reason}") from None
-
-
-def _asked(raw: msgspec.Raw | None) -> bool:
-    return raw is not None and bytes(raw) == b"1"
-
-
-def _check_name(what: str, value: str, limit: int) -> None:
-    if not value:
-        raise BadRequest(f"missing {what}")
-    if len(value) > limit:
-        raise BadRequest(f"{what} is longer than {limit} characters")
-    if not value.isprintable():
-        raise BadRequest(f"{what} holds control characters: {printable(value)}")
+    if isinstance(payload, Request | Response):
+        return payload.encode(wire, extended=extended)
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    data = jsontext.encode(payload, "payload")
+    if data.strip() == b"null":
+        raise ValueError("a message cannot be null: it would kill a Go peer")
+    return data
 
 
 def _check_limits(request: Request) -> None:
@@ -542,33 +466,4 @@ def _error_text(error: AcommError | None) -> bytes:
     if error is None:
         return b'""'
     # An empty text means success to every peer, so an error always has some.
-    return _safe_json(str(error) or error.type or error.code)
-
-
-def _safe_json(value: Any) -> bytes:
-    """JSON of what may hold lone surrogates, as exception messages do, or things that JSON cannot
-    express, as receipts may: an error must reach its caller whatever is in it.
-    """
-    try:
-        return _quote(value)
-    except (UnicodeEncodeError, TypeError, ValueError, RecursionError):
-        return _quote(_replaced(value))
-
-
-_MAX_DEPTH = 20
-
-
-def _replaced(value: Any, depth: int = 0) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if value is None or isinstance(value, bool | float):
-        return value
-    if depth == _MAX_DEPTH:
-        return "..."
-    if isinstance(value, dict):
-        return {_replaced(str(key)): _replaced(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replaced(item, depth + 1) for item in value]
-    if isinstance(value, int) and abs(value) < 2**63:
-        return value
-    return _replaced(printable(repr(value)))
+    return jsontext.encode_anyhow(str(error) or error.type or error.code)

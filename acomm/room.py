@@ -17,6 +17,9 @@ from typing import Generic, TypeVar
 
 G = TypeVar("G", bound=Hashable)
 
+COME_BACK = 1.0
+"""Seconds after which who was turned away may find room."""
+
 PATIENCE = 1.0
 """Seconds for which a connection may keep us waiting, a message begun or none yet, while others want in."""
 

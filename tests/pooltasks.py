@@ -10,7 +10,8 @@ import time
 from typing import Any
 
 from workers.errors import SoftTimeout
-from workers.registry import Retry, task
+from workers.options import Retry
+from workers.registry import task
 from workers.running import context
 
 

@@ -17,9 +17,10 @@ import pytest
 from aiohttp import web
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, frame, read_all, read_frame
 
-from acomm import Request, Response, channel, send, send_sync
-from acomm.channel import Channels, Outgoing
+from acomm import Request, Response, send, send_sync, unixchannel
+from acomm.channel import Channels
 from acomm.errors import AcommError, BadRequest, Busy, ConnectionLost, Forbidden, UnknownTask, Unreachable
+from acomm.outgoing import Outgoing
 
 BOTH_LOOPS = True
 
@@ -27,7 +28,7 @@ BOTH_LOOPS = True
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer on a busy machine may take longer than we wait to hear whether it grants."""
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", WAIT)
 
 
 class Outcomes:
@@ -97,7 +98,7 @@ async def test_a_peer_hears_the_generation_that_it_is_spoken_to_in(tmp_path: Pat
 async def test_no_more_connections_at_a_time_than_agreed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", 0.05)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", 0.05)
     all_busy, lock = threading.Event(), threading.Lock()
     busy = most = 0
 
@@ -106,7 +107,7 @@ async def test_no_more_connections_at_a_time_than_agreed(
         with lock:
             busy += 1
             most = max(most, busy)
-            if busy == channel.PLAIN_CONNECTIONS:
+            if busy == unixchannel.PLAIN_CONNECTIONS:
                 all_busy.set()
         all_busy.wait(WAIT)
         with lock:
@@ -117,7 +118,7 @@ async def test_no_more_connections_at_a_time_than_agreed(
         async with channels() as out:
             async with asyncio.timeout(WAIT):
                 await asyncio.gather(*(out.send(go.url, Request("t", id=f"{i}")) for i in range(300)))
-        assert most == channel.PLAIN_CONNECTIONS
+        assert most == unixchannel.PLAIN_CONNECTIONS
         assert go.connections == 300
 
 
@@ -304,7 +305,7 @@ async def test_a_refusal_that_comes_before_the_message(
     def turn_away(conn: socket.socket) -> None:
         conn.sendall(frame(Response("", error=Forbidden("not you")).encode(2)))
 
-    connect = channel._connect
+    connect = unixchannel._connect
 
     async def connect_late(*args: Any) -> Any:
         connection = await connect(*args)
@@ -313,7 +314,7 @@ async def test_a_refusal_that_comes_before_the_message(
                 await asyncio.sleep(0.001)
         return connection
 
-    monkeypatch.setattr(channel, "_connect", connect_late)
+    monkeypatch.setattr(unixchannel, "_connect", connect_late)
     async with Peer(tmp_path / "s.sock", turn_away) as peer:
         with pytest.raises(AcommError, match=r"^not you$"):
             await send(peer.url, Request("x"))

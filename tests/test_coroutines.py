@@ -15,7 +15,8 @@ from test_worker import Bench, FakeSocket
 
 from workers.calls import STOP, Answer, Job, cancelling
 from workers.forked import Terminated
-from workers.registry import Retry, task
+from workers.options import Retry
+from workers.registry import task
 from workers.running import context
 from workers.scoreboard import Scoreboard
 from workers.worker import Worker

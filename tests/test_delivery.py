@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, read_all
 
-from acomm import Response, channel, delivery
+from acomm import Response, delivery, unixchannel
 from acomm.channel import Channels
 from acomm.delivery import Delivery
 from acomm.errors import AcommError, ConnectionLost, TaskError
@@ -23,7 +23,7 @@ BOTH_LOOPS = True
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer on a busy machine may take longer than we wait to hear whether it grants."""
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", WAIT)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from workers.assigning import MEMORY_CHECK, STUCK
 from workers.calls import ABANDONED, OUTGROWN, RETURNED, Answer, Call, Failure, Outcome
-from workers.dispatcher import MEMORY_CHECK, OVERDUE_CHECK, STUCK, Dispatcher, Doom, Plea, Running
+from workers.dispatcher import OVERDUE_CHECK, Dispatcher, Doom, Plea, Running
 from workers.errors import (
     CallCancelled,
     CallTimeout,

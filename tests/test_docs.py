@@ -270,8 +270,8 @@ def test_every_module_is_in_the_architecture() -> None:
 
 
 def test_every_setting_and_option_is_in_the_guide() -> None:
-    from workers.cli import serve
     from workers.config import Config
+    from workers.servecommand import serve
 
     guide = (ROOT / "docs/guide.md").read_text()
     shown = {option for parameter in serve.params for option in parameter.opts if option.startswith("--")}

@@ -18,7 +18,7 @@ import yarl
 from ssrf_corpus import CASES, HTTP, OTHER, OWN, TOKEN, Case
 from watching import NOBODY, Names, Wire, as_root, stranger, watched
 
-from acomm import egress
+from acomm import hosts
 from acomm.egress import Address, Guard, Policy
 from acomm.errors import ConfigError, Forbidden
 from acomm.httpegress import PolicyResolver, connector, session
@@ -121,11 +121,11 @@ def test_aiohttp_reads_the_same_host_out_of_what_passes() -> None:
             continue
         if case.url.startswith("unix:"):
             continue
-        host, port = egress._host_and_port(case.url, "the hook")
+        host, port = hosts.host_and_port(case.url, "the hook")
         theirs = yarl.URL(case.url)
         assert theirs.port == port
         assert theirs.user is None
-        ours = egress._literal(host, "the hook")
+        ours = hosts.spelled_address(host, "the hook")
         assert theirs.raw_host == (str(ours) if ours else host.lower()), case
 
 

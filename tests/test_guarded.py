@@ -22,9 +22,10 @@ from ssrf_corpus import CASES, HTTP, OTHER, OWN, Case
 from watching import NOBODY, Names, Wire, as_root, stranger, watched
 
 from acomm import ConnectionLost, Forbidden, Request, Response, Tracker
-from acomm.channel import Channels, Outgoing
+from acomm.channel import Channels
 from acomm.egress import Guard, Policy
 from acomm.origin import Origin
+from acomm.outgoing import Outgoing
 from acomm.streams import StreamFile, StreamProxy, open_stream, stream
 from workers.calls import Job
 from workers.running import Context, leave

@@ -18,9 +18,9 @@ import pytest
 from peers import WAIT, ack, connected, frame, read_all, read_frame
 
 from acomm import Request, Response, UnixListener, send_conn_data, unmarshal_conn_data
+from acomm.acks import ok_ack
+from acomm.connection import Connection
 from acomm.errors import AddressInUse, BadRequest, ConnectionLost, TooLarge
-from acomm.listener import Connection
-from acomm.messages import ok_ack
 
 BOTH_LOOPS = True
 T = TypeVar("T")

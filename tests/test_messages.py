@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from acomm import messages
+from acomm.acks import ok_ack, salvage
 from acomm.errors import AcommError, BadRequest, Busy, TaskError, WorkerLost
-from acomm.listener import encode_payload
-from acomm.messages import Handlers, Request, Response, ok_ack, salvage
+from acomm.messages import Handlers, Request, Response, encode_payload
 
 HOOK = "unix:///run/t.sock"
 URL = (

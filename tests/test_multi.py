@@ -13,9 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from acomm.acks import ok_ack
 from acomm.calls import Call
 from acomm.channel import Channels
 from acomm.client import connect
+from acomm.connection import Connection
 from acomm.delivery import Delivery
 from acomm.errors import (
     CallCancelled,
@@ -25,8 +27,8 @@ from acomm.errors import (
     TaskError,
     UnknownTask,
 )
-from acomm.listener import Connection, UnixListener
-from acomm.messages import Request, Response, ok_ack
+from acomm.listener import UnixListener
+from acomm.messages import Request, Response
 from acomm.multi import Gathered, MultiRequest, gather
 from acomm.tracker import Tracker
 

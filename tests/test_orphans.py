@@ -10,7 +10,7 @@ from peers import WAIT
 from serving import Fifo, Served, kill
 
 from acomm import connect, errors
-from acomm.messages import ok_ack, stored_ack
+from acomm.acks import ok_ack, stored_ack
 
 
 def test_the_acknowledgement_of_what_is_stored() -> None:

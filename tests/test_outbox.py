@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from acomm.errors import ConnectionLost
-from acomm.outbox import OVERHEAD, Dead, Fault, Outbox, Parcel, Why
+from acomm.outbox import Outbox
+from acomm.parcel import OVERHEAD, Dead, Fault, Parcel, Why
 
 LOST = ConnectionLost("nobody there")
 HOUR = 3600.0

@@ -19,8 +19,8 @@ from serving import Fifo, Hook, Served, request
 
 import acomm
 from acomm import Request, Response, UnixListener, listener, room
+from acomm.connection import Connection
 from acomm.errors import Busy
-from acomm.listener import Connection
 from acomm.room import Room
 from workers.config import Config
 from workers.errors import ConfigError

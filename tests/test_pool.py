@@ -15,10 +15,11 @@ import zmq
 
 from workers import generations as generations_module
 from workers import pool as pool_module
-from workers import processes as processes_module
+from workers import workerprocess
 from workers.calls import READY, Answer, Call, Outcome
 from workers.errors import CallCancelled, CallTimeout, ConfigError, Poisoned, TaskError, TooLarge, WorkerLost
-from workers.pool import Pool, WorkerInfo
+from workers.pool import Pool
+from workers.poolview import WorkerInfo
 
 pytestmark = pytest.mark.process
 
@@ -502,7 +503,7 @@ def test_a_stranger_is_not_heard(single: Driver, fifo: Fifo) -> None:
             stranger = context.socket(zmq.DEALER)
             stranger.setsockopt(zmq.LINGER, 0)
             stranger.setsockopt(zmq.IDENTITY, identity)
-            stranger.connect(single.pool._endpoint)
+            stranger.connect(single.pool._router.endpoint)
             for message in (READY, pool_module._encode([Answer(running.number, 0.1, b"1")]), b"\xc1"):
                 stranger.send(message)
             strangers.append(stranger)
@@ -521,14 +522,14 @@ def test_a_stranger_is_not_heard(single: Driver, fifo: Fifo) -> None:
 
 
 def test_a_stranger_with_the_identity_of_a_worker_that_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes_module.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
+    monkeypatch.setattr(workerprocess.secrets, "token_bytes", lambda n: b"guessed" + os.urandom(0))
     driver = make(1)
     context = zmq.Context()
     try:
         stranger = context.socket(zmq.DEALER)
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.setsockopt(zmq.IDENTITY, b"wguessed")
-        stranger.connect(driver.pool._endpoint)
+        stranger.connect(driver.pool._router.endpoint)
         stranger.send(READY)
         driver.until(lambda: any(info.pid for info in driver.pool.workers()))
         for _ in range(20):
@@ -589,7 +590,7 @@ def test_close_leaves_nothing(when: str) -> None:
     folder = ""
     if when != "unstarted":
         pool.start()
-        folder = pool._folder
+        folder = pool._router.folder
         driver = Driver(pool)
         if when in ("starting", "gone"):
             driver.until(lambda: any(info.pid for info in pool.workers()))

@@ -21,10 +21,10 @@ from workers.calls import Call
 from workers.ending import Graces
 from workers.errors import AcommError, CallCancelled, CallTimeout, TaskError, WorkerLost
 from workers.executor import CallLost, PoolExecutor
-from workers.processes import Worker
 from workers.receipts import worker_lost
 from workers.scoreboard import Slot
 from workers.tails import STDERR, TAIL, Said
+from workers.workerprocess import Worker
 
 pytestmark = pytest.mark.process
 

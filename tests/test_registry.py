@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acomm.errors import BadArgs, ConfigError, TaskError, TooLarge
-from workers.registry import Registry, Retry, Task, encode_result, task
+from workers.options import Retry
+from workers.registry import Registry, Task, encode_result, task
 
 
 class Point(msgspec.Struct):

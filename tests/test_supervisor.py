@@ -190,7 +190,7 @@ class TestHandlers:
     async def test_one_that_blocks_delays_its_answer_for_a_while_and_no_other(
         self, supervisor: Supervisor, tmp_path: Path, started: Fifo, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("acomm.tracker.HANDLER_WAIT", 0.5)
+        monkeypatch.setattr("acomm.tracking.HANDLER_WAIT", 0.5)
         path = started.path
 
         def block(request: Any, response: Any) -> None:

@@ -20,9 +20,8 @@ from peers import WAIT
 from serving import PROJECT, Served, environment
 
 import acomm
-from acomm import client as client_module
-from acomm import errors
-from acomm.client import default_client
+from acomm import defaultclient, errors
+from acomm.defaultclient import default_client
 
 pytestmark = pytest.mark.process
 
@@ -37,7 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def default(served: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ACOMM_URL", served.url)
     yield
-    client_module._close_default()
+    defaultclient._close_default()
 
 
 class TestSubmit:

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_all, read_frame
 
-from acomm import Handlers, Request, Response, Tracker, UnixListener, channel, tracker
+from acomm import Handlers, Request, Response, Tracker, UnixListener, unixchannel
+from acomm.acks import ok_ack
 from acomm.channel import Channels
+from acomm.connection import Connection
 from acomm.delivery import Delivery
 from acomm.errors import (
     AcommError,
@@ -31,8 +33,6 @@ from acomm.errors import (
     TaskError,
     UnknownTask,
 )
-from acomm.listener import Connection
-from acomm.messages import ok_ack
 
 BOTH_LOOPS = True
 
@@ -40,7 +40,7 @@ BOTH_LOOPS = True
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer on a busy machine may take longer than we wait to hear whether it grants."""
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", WAIT)
 
 
 @pytest.fixture
@@ -343,7 +343,7 @@ async def test_what_came_pickled_is_not_unpickled_unless_told_to(tracking: Track
 async def test_a_slow_handler_holds_up_the_response_only_so_long(
     tracking: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker, "HANDLER_WAIT", 0.05)
+    monkeypatch.setattr("acomm.tracking.HANDLER_WAIT", 0.05)
     release, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
 
     async def handler(request: Request, response: Response) -> None:

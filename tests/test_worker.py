@@ -18,7 +18,8 @@ from acomm.egress import Policy
 from acomm.errors import ConnectionLost
 from acomm.streams import StreamFile
 from workers.calls import RETURNED, STOP, Answer, Job, StreamPlace
-from workers.registry import Registry, Retry, Task, task
+from workers.options import Retry
+from workers.registry import Registry, Task, task
 from workers.running import context
 from workers.scoreboard import Scoreboard
 from workers.worker import Runnable, Worker

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from workers.errors import SoftTimeout
     from workers.executor import PoolExecutor
     from workers.launcher import launch
-    from workers.registry import Registry, Retry, Task, task
+    from workers.options import Retry
+    from workers.registry import Registry, Task, task
     from workers.running import Context, context
     from workers.supervisor import Supervisor
 
@@ -23,7 +24,7 @@ _homes = {
     "Context": "workers.running",
     "PoolExecutor": "workers.executor",
     "Registry": "workers.registry",
-    "Retry": "workers.registry",
+    "Retry": "workers.options",
     "SoftTimeout": "workers.errors",
     "Supervisor": "workers.supervisor",
     "Task": "workers.registry",

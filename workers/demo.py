@@ -31,7 +31,8 @@ from acomm.calls import Call
 from acomm.client import Client
 from acomm.messages import Request, Response
 from workers.config import available_cpus
-from workers.registry import Retry, task
+from workers.options import Retry
+from workers.registry import task
 from workers.sourcecode import FileReport, Totals, analyse, merge, standard_library
 
 TOTALS = Totals()

@@ -27,8 +27,9 @@ from aiohttp import web
 
 from acomm import jsontext
 from acomm.accepted import Accepted
+from acomm.acks import ok_ack, salvage
 from acomm.listener import stop_accepting
-from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.messages import Request, Response
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream

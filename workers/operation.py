@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from acomm import socketpath
 from acomm.errors import AcommError
-from acomm.tracker import HANDLER_WAIT, Tracker
+from acomm.tracker import Tracker
+from acomm.tracking import HANDLER_WAIT
 from workers import service as process
 from workers import takeover
 from workers.config import Config

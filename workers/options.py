@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import random as random_module
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 LEAST_MEMORY = 1_000_000
@@ -20,6 +23,45 @@ class Options(NamedTuple):
     isolated: bool
     max_memory: int | None
     cancel_on_disconnect: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """When to try a call again: `times` more after it raised one of `on`, `crashes` more after its
+    worker died.
+
+    The pause before a further attempt is `backoff` seconds, doubled each time up to `max_backoff`;
+    `jitter` spreads it, so that calls which failed together do not come back together.
+    """
+
+    times: int
+    backoff: float = 0.5
+    max_backoff: float = 60
+    jitter: bool = True
+    on: tuple[type[Exception], ...] = (Exception,)
+    crashes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("times", "crashes"):
+            value = getattr(self, field)
+            if not is_int(value) or value < 0:
+                raise ValueError(f"{field} must be a whole number, 0 or more, not {value!r}")
+        for field in ("backoff", "max_backoff"):
+            value = getattr(self, field)
+            if not is_seconds(value) or value < 0:
+                raise ValueError(f"{field} must be seconds, 0 or more, not {value!r}")
+        given: Any = self.on
+        on = (given,) if isinstance(given, type) else tuple(given)
+        if not all(isinstance(cls, type) and issubclass(cls, Exception) for cls in on):
+            raise ValueError(f"on must be exception classes, not {self.on!r}")
+        object.__setattr__(self, "on", on)
+
+    def delay(self, attempt: int, random: Callable[[], float] = random_module.random) -> float:
+        """Seconds to wait after `attempt` failed attempts (1, 2, ...); with jitter, half of the pause
+        at least and all of it at most."""
+        # Beyond 2**62 any pause is max_backoff, and a larger exponent would overflow the float.
+        pause = min(float(self.max_backoff), self.backoff * 2.0 ** min(max(attempt, 1) - 1, 62))
+        return pause * (0.5 + 0.5 * random()) if self.jitter else pause
 
 
 def checked(task: str, given: dict[str, Any], *, streams: bool) -> Options:

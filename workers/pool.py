@@ -18,29 +18,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import select
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
-import zmq
 
+from workers.assigning import OVERLAP
 from workers.calls import READY, RETURNED, STOP, Answer, Call, Failure, Outcome, StreamPlace, cancelling
-from workers.dispatcher import OVERLAP, Dispatcher, Doom, Plea, Running
+from workers.dispatcher import Dispatcher, Doom, Plea, Running
 from workers.ending import Graces
-from workers.errors import ConfigError, WorkerLost, printable
+from workers.errors import ConfigError, WorkerLost
 from workers.exchange import Exchange
 from workers.memory import Gauges
-from workers.processes import OnTrial, Processes, Worker
+from workers.poolview import CallInfo, WorkerInfo, under_way, worker_info
+from workers.processes import OnTrial, Processes
 from workers.receipts import worker_lost
+from workers.router import Router
 from workers.scaling import Load, Scaler
 from workers.scoreboard import Slot
 from workers.workerloop import Settings
+from workers.workerprocess import Worker
 
 _LAST_WORDS = 0.5
 """Seconds to wait for a dead worker's pipe to end; it takes a few milliseconds under load."""
@@ -57,43 +55,8 @@ _LATE = 0.05
 _CATCH_UP = 0.02
 """Seconds that answers get to arrive after a stop, before deadlines that passed meanwhile are looked at."""
 
-_DESCRIPTORS = 32
-"""Those that the start takes, and some more."""
-
-# As plain integers: zmq's enumerations take microseconds.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
-_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
-
 _answers = msgspec.msgpack.Decoder(list[Answer])
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class CallInfo(NamedTuple):
-    """A call under way: "queued", "running" or "streaming", and what it says of its progress."""
-
-    state: str
-    task: str
-    seconds: float
-    done: float
-    total: float
-    note: str
-
-
-class WorkerInfo(NamedTuple):
-    """A worker as the operator sees it. `task` runs since `seconds` ago; `done` of `total` is its progress,
-    `note` its own word on that. Where calls overlap this is the oldest, and `calls` are all.
-    """
-
-    pid: int
-    state: str
-    finished: int
-    held: int
-    task: str | None
-    seconds: float
-    done: float
-    total: float
-    note: str
-    calls: tuple[CallInfo, ...] = ()
 
 
 class Pool:
@@ -180,7 +143,6 @@ class Pool:
         self._stopping = False
         self._catch_up: float | None = None
         self._unfinished = False
-        self._sent = False  # since the socket was asked last
         self._resources = contextlib.ExitStack()
 
     def __repr__(self) -> str:
@@ -194,22 +156,12 @@ class Pool:
         and can then be called again.
         """
         with contextlib.ExitStack() as made:
-            _check_descriptors()
-            self._folder = _private_folder()
-            made.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            self._context = zmq.Context(io_threads=1)
-            self._router = self._context.socket(zmq.ROUTER)
-            made.callback(self._close_socket)  # both at once: a context waits for its sockets, for ever
-            self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            self._router.setsockopt(zmq.SNDHWM, 0)  # credit is the limit
-            self._router.setsockopt(zmq.RCVHWM, 0)
-            self._endpoint = f"ipc://{self._folder}/pool.sock"
-            self._router.bind(self._endpoint)
+            self._router = Router()
+            made.callback(self._router.close)
             self._poller = select.epoll()
             made.callback(self._poller.close)
-            self._poller.register(self._router.FD, select.EPOLLIN)
-            self._processes.start([self._folder])
+            self._poller.register(self._router.fileno(), select.EPOLLIN)
+            self._processes.start([self._router.folder])
             made.callback(self._gauges.close)
             made.callback(self._processes.close)
             self._poller.register(self._processes.fileno(), select.EPOLLIN)
@@ -221,10 +173,6 @@ class Pool:
         """
         self._stopping = True
         self._resources.close()
-
-    def _close_socket(self) -> None:
-        self._router.close()
-        self._context.term()
 
     def stop_workers(self) -> None:
         """Let the workers finish what they hold and exit; none is replaced. What is queued stays queued."""
@@ -295,37 +243,16 @@ class Pool:
         return [self._info(worker, now) for worker in self._processes.all() if worker.status is None]
 
     def _info(self, worker: Worker, now: float) -> WorkerInfo:
-        calls = self._running(worker, now)
-        first = max(calls, key=lambda call: call.seconds, default=None)
-        return WorkerInfo(
-            pid=worker.pid,
-            state="starting" if not worker.ready else "stopping" if worker.stopping else "ready",
-            finished=worker.finished,
-            held=self.dispatcher.load(worker.token),
-            task=first.task if first else None,
-            seconds=first.seconds if first else 0.0,
-            done=first.done if first else 0.0,
-            total=first.total if first else 0.0,
-            note=first.note if first else "",
-            calls=tuple(calls),
-        )
-
-    def _running(self, worker: Worker, now: float) -> list[CallInfo]:
-        """What a worker runs, without the calls that are given up."""
+        """Of what it runs, without the calls that are given up."""
         slots = self._processes.running(worker)
-        return [
-            _under_way(call, slot, now)
-            for slot in slots
-            if (call := self.dispatcher.call(slot.call)) is not None
-        ]
+        calls = [(self.dispatcher.call(slot.call), slot) for slot in slots]
+        running = [under_way(call, slot, now) for call, slot in calls if call is not None]
+        return worker_info(worker, self.dispatcher.load(worker.token), running)
 
     def look(self, call: Call) -> CallInfo:
         """How far a call is that has not ended."""
         call = call.run or call
-        slot = self._slot_of(call.number)
-        if slot is None:
-            return CallInfo("streaming" if call.streaming else "queued", call.task, 0.0, 0.0, 0.0, "")
-        return _under_way(call, slot, time.monotonic())
+        return under_way(call, self._slot_of(call.number), time.monotonic())
 
     def _slot_of(self, number: int) -> Slot | None:
         """The slot of a call that runs, or of the run that it shares."""
@@ -358,7 +285,7 @@ class Pool:
 
     def next_deadline(self) -> float | None:
         """When, on the monotonic clock, to call `process_events` at the latest."""
-        if self._unfinished or self._sent:
+        if self._unfinished or self._router.sent:
             return 0.0
         first = self._next_due()
         other = self._processes.next_deadline()
@@ -378,13 +305,14 @@ class Pool:
     def process_events(self) -> list[Outcome]:
         """Do all that can be done now; returns the calls that have ended."""
         outcomes: list[Outcome] = []
+        router = self._router
         self._unfinished = False
         for descriptor, _ in self._poller.poll(0):
             if descriptor == self._processes.fileno():
                 self._processes.events()
         now = begun = time.monotonic()
         while True:
-            self._sent = False
+            router.sent = False
             self._receive(now, outcomes)
             if self._dead:
                 self._settle_deaths(now, outcomes)
@@ -406,8 +334,8 @@ class Pool:
                 outcomes += self.dispatcher.shared
                 self.dispatcher.shared.clear()
             # A send may have eaten the descriptor's edge, so ask the socket itself before leaving.
-            if not self._sent or not self._readable():
-                self._sent = False
+            if not router.sent or not router.readable():
+                router.sent = False
                 return outcomes
             now = time.monotonic()
             if now - begun > _BURST:
@@ -431,18 +359,14 @@ class Pool:
 
     # -- the socket ---------------------------------------------------------------------------------
 
-    def _readable(self) -> int:
-        # The socket's word costs a third of the exception that a receive in vain raises.
-        return self._router.getsockopt(_EVENTS) & _POLLIN  # type: ignore[operator]
-
     def _receive(self, now: float, outcomes: list[Outcome]) -> None:
-        while self._readable():
+        router = self._router
+        while router.readable():
             if self._processes.starting:
-                # Only whole frames tell who sent them; that costs, so it is done while it matters.
-                sender, frame = self._router.recv_multipart(_NOBLOCK, copy=False)[:2]
-                self._message(sender.bytes, frame.bytes, _peer_pid(frame), now, outcomes)
+                # To know who has sent it costs, so it is asked for while it matters.
+                self._message(*router.receive_from(), now, outcomes)
             else:
-                identity, message = self._router.recv_multipart(_NOBLOCK)[:2]
+                identity, message = router.receive()
                 self._message(identity, message, 0, now, outcomes)
 
     def _message(
@@ -486,13 +410,7 @@ class Pool:
         self._send(worker, message)
 
     def _send(self, worker: Worker, message: bytes) -> None:
-        self._sent = True
-        try:
-            self._router.send(worker.identity, _NOBLOCK_MORE)
-            self._router.send(message, _NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+        if not self._router.send(worker.identity, message):
             # It is dead, or as good as dead; the fork server will say so, and what it held is settled.
             self._kill(worker)
 
@@ -534,7 +452,7 @@ class Pool:
 
     def _settings(self, worker: Worker) -> bytes:
         settings = Settings(
-            endpoint=self._endpoint,
+            endpoint=self._router.endpoint,
             identity=worker.identity,
             slot=worker.slot,
             slots=self.size,
@@ -560,7 +478,11 @@ class Pool:
         self._dead[worker.token] = (worker, time.monotonic() + _LAST_WORDS)
 
     def _settle_deaths(self, now: float, outcomes: list[Outcome]) -> None:
-        silent = [w for w, latest in self._dead.values() if now >= latest or not self._still_connected(w)]
+        silent = [
+            w
+            for w, latest in self._dead.values()
+            if now >= latest or not self._router.is_connected(w.identity)
+        ]
         if silent:
             # What came in between the last look and the end of the pipe.
             self._receive(now, outcomes)
@@ -571,15 +493,6 @@ class Pool:
                 self.exchange.died(worker.identity)
             lost = functools.partial(worker_lost, worker=worker, now=now)
             outcomes += self.dispatcher.worker_lost(worker.token, worker.running, lost)
-
-    def _still_connected(self, worker: Worker) -> bool:
-        """Whether ZeroMQ still has a pipe for a dead worker; it goes when all of it has been read."""
-        self._sent = True
-        try:
-            self._router.send_multipart([worker.identity, b""], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
 
     # -- time ---------------------------------------------------------------------------------------
 
@@ -631,41 +544,3 @@ class Pool:
     def _kill(self, worker: Worker) -> None:
         if self._processes.kill(worker):
             self.dispatcher.retire(worker.token)
-
-
-def _under_way(call: Call, slot: Slot, now: float) -> CallInfo:
-    return CallInfo(
-        state="streaming" if call.streaming else "running",
-        task=call.task,
-        seconds=now - slot.started,
-        done=slot.done,
-        total=slot.total,
-        note=printable(slot.note),
-    )
-
-
-def _peer_pid(frame: zmq.Frame) -> int:
-    """The pid at the other end of an ipc connection, by the kernel's word (`localhost:uid:gid:pid`); 0 if
-    its uid is not ours.
-    """
-    try:
-        _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
-        return int(pid) if int(uid) == os.getuid() else 0
-    except (zmq.ZMQError, ValueError):
-        return 0
-
-
-def _check_descriptors() -> None:
-    """Raise OSError if few are left: libzmq aborts the whole program when it runs out while it starts."""
-    with contextlib.ExitStack() as spare:
-        for _ in range(_DESCRIPTORS):
-            spare.callback(os.close, os.eventfd(0))
-
-
-def _private_folder() -> str:
-    """A new folder, ours alone (0700), with a path short enough for a socket in it."""
-    folder = tempfile.mkdtemp(prefix="acomm-pool-")
-    if len(os.fsencode(folder)) > 80:
-        Path(folder).rmdir()
-        folder = tempfile.mkdtemp(prefix="acomm-pool-", dir="/tmp")
-    return folder

@@ -11,9 +11,9 @@ from typing import Any
 
 from workers.calls import Call
 from workers.errors import WorkerLost, printable
-from workers.processes import Worker
 from workers.scoreboard import Slot
 from workers.tails import DUMP, STDERR, STDOUT, text_since
+from workers.workerprocess import Worker
 
 
 def worker_lost(call: Call, worker: Worker, now: float) -> WorkerLost:

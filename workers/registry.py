@@ -7,16 +7,10 @@ them, checking once, at start, whatever can be checked then.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib
 import inspect
-import random as random_module
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
@@ -25,7 +19,8 @@ from acomm.messages import RESERVED
 from workers import callkey, options
 from workers.callkey import CallKey
 from workers.errors import ConfigError, TaskError, TooLarge, printable
-from workers.options import checked, is_int, is_seconds
+from workers.importing import Importer, place
+from workers.options import Retry, checked
 from workers.signature import Bound, Parameters, RawArgs
 from workers.taskview import TaskView
 
@@ -51,45 +46,6 @@ _OPTIONS = (
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclasses.dataclass(frozen=True)
-class Retry:
-    """When to try a call again: `times` more after it raised one of `on`, `crashes` more after its
-    worker died.
-
-    The pause before a further attempt is `backoff` seconds, doubled each time up to `max_backoff`;
-    `jitter` spreads it, so that calls which failed together do not come back together.
-    """
-
-    times: int
-    backoff: float = 0.5
-    max_backoff: float = 60
-    jitter: bool = True
-    on: tuple[type[Exception], ...] = (Exception,)
-    crashes: int = 0
-
-    def __post_init__(self) -> None:
-        for field in ("times", "crashes"):
-            value = getattr(self, field)
-            if not is_int(value) or value < 0:
-                raise ValueError(f"{field} must be a whole number, 0 or more, not {value!r}")
-        for field in ("backoff", "max_backoff"):
-            value = getattr(self, field)
-            if not is_seconds(value) or value < 0:
-                raise ValueError(f"{field} must be seconds, 0 or more, not {value!r}")
-        given: Any = self.on
-        on = (given,) if isinstance(given, type) else tuple(given)
-        if not all(isinstance(cls, type) and issubclass(cls, Exception) for cls in on):
-            raise ValueError(f"on must be exception classes, not {self.on!r}")
-        object.__setattr__(self, "on", on)
-
-    def delay(self, attempt: int, random: Callable[[], float] = random_module.random) -> float:
-        """Seconds to wait after `attempt` failed attempts (1, 2, ...); with jitter, half of the pause
-        at least and all of it at most."""
-        # Beyond 2**62 any pause is max_backoff, and a larger exponent would overflow the float.
-        pause = min(float(self.max_backoff), self.backoff * 2.0 ** min(max(attempt, 1) - 1, 62))
-        return pause * (0.5 + 0.5 * random()) if self.jitter else pause
 
 
 class Task(Generic[P, R]):
@@ -156,7 +112,7 @@ class Task(Generic[P, R]):
                 raise ValueError(f"task {self.name}: {error}") from None
         self.module: str = getattr(function, "__module__", None) or "?"
         code = getattr(inspect.unwrap(function), "__code__", None)
-        self.location = _place(code.co_filename, code.co_firstlineno) if code else self.module
+        self.location = place(code.co_filename, code.co_firstlineno) if code else self.module
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.function(*args, **kwargs)
@@ -379,7 +335,7 @@ class Registry(Mapping[str, Task[..., Any]]):
         The current folder and that of each file go first on `sys.path`; before them `paths`, if
         given, as another process's registry tells them. Raises ConfigError in one line.
         """
-        importer = _Importer(paths)
+        importer = Importer(paths, (__file__, options.__file__, callkey.__file__))
         modules = [importer.load(name) for name in ([names] if isinstance(names, str) else names)]
         if not modules:
             raise ConfigError("no module was given to take tasks from")
@@ -403,86 +359,11 @@ class Registry(Mapping[str, Task[..., Any]]):
         return f"<Registry {len(self)} tasks: {', '.join(self)}>"
 
 
-class _Importer:
-    """Imports what the command line names, and keeps the folders it needed, the first foremost."""
-
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.paths: list[str] = []
-        for folder in (str(Path.cwd()), *reversed(tuple(paths))):
-            self._put_first(folder)
-
-    def load(self, name: str) -> ModuleType:
-        path = Path(name).absolute() if name.endswith(".py") else None
-        if path is None:
-            return self._import(name)
-        if not path.is_file():
-            raise ConfigError(f"there is no file {printable(path)}")
-        self._put_first(str(path.parent))
-        module = self._import(path.stem)
-        loaded = getattr(module, "__file__", None)
-        if loaded is None or not path.samefile(loaded):
-            raise ConfigError(
-                f"{printable(name)}: the name {path.stem} already belongs to {loaded or 'a built-in module'};"
-                " rename the file"
-            )
-        return module
-
-    def _put_first(self, folder: str) -> None:
-        if folder in self.paths:
-            self.paths.remove(folder)
-        self.paths.insert(0, folder)
-        if folder in sys.path:
-            sys.path.remove(folder)
-        sys.path.insert(0, folder)
-
-    def _import(self, name: str) -> ModuleType:
-        importlib.invalidate_caches()
-        try:
-            return importlib.import_module(name)
-        # A module that calls sys.exit() must not pass for a clean exit of ours.
-        except (Exception, SystemExit) as error:
-            place = _failed_at(error)
-            if place is None and isinstance(error, ModuleNotFoundError):
-                hint = "; a file is named with its .py" if "/" in name else ""
-                raise ConfigError(
-                    f"there is no module {printable(name)}; looked in {Path.cwd()} and on sys.path{hint}"
-                ) from error
-            text = error.msg if isinstance(error, SyntaxError) else str(error)
-            text = f"{type(error).__name__}: {printable(text)}" if text else type(error).__name__
-            where = f" ({place})" if place else ""
-            raise ConfigError(f"module {printable(name)} does not import: {text}{where}") from error
-
-
 def _tasks_of(module: ModuleType) -> list[Task[..., Any]]:
     tasks = [value for value in vars(module).values() if isinstance(value, Task)]
     if not tasks:
         raise ConfigError(f"module {module.__name__} has no tasks; decorate its functions with @task")
     return tasks
-
-
-def _failed_at(error: BaseException) -> str | None:
-    """Where in the user's own code an import failed; None if none of it ran."""
-    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
-        return _place(error.filename, error.lineno or 0)
-    machinery = ("<frozen", __file__, options.__file__, callkey.__file__, importlib.__file__)
-    frames = [
-        (frame.f_code.co_filename, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if not frame.f_code.co_filename.startswith(machinery)
-    ]
-    libraries = tuple(
-        {f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    )
-    own = [frame for frame in frames if not frame[0].startswith((*libraries, "<"))]
-    return _place(*own[-1]) if own else _place(*frames[0]) if frames else None
-
-
-def _place(filename: str, line: int) -> str:
-    path = Path(filename)
-    try:
-        return f"{path.relative_to(Path.cwd())}:{line}"
-    except (ValueError, OSError):
-        return f"{path}:{line}"
 
 
 def _check_function(function: Any) -> None:

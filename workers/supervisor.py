@@ -52,7 +52,8 @@ from workers.keeping import Keeper
 from workers.offering import Decided, Resolve
 from workers.operation import Operation
 from workers.outlook import Outlook
-from workers.pool import CallInfo, Pool, WorkerInfo
+from workers.pool import Pool
+from workers.poolview import CallInfo, WorkerInfo
 from workers.recent import Recent, digest
 from workers.registry import Registry
 from workers.unixdoor import UnixDoor

@@ -56,7 +56,7 @@ class TaskView(Generic[P, R]):
         """Have a worker run the task; returns at once. See `Task.submit`."""
         client = self._client
         if client is None:
-            from acomm.client import default_client
+            from acomm.defaultclient import default_client
 
             client = default_client()
         if self._options is not None:

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 import msgspec
 
 from acomm.accepted import Accepted
-from acomm.listener import Connection, UnixListener
-from acomm.messages import RESERVED, Request, Response, ok_ack, salvage, stored_ack
+from acomm.acks import ok_ack, salvage, stored_ack
+from acomm.connection import Connection
+from acomm.listener import UnixListener
+from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.room import Room
 from workers import descriptors

@@ -25,9 +25,10 @@ from typing import Any
 import uvloop
 
 from acomm import Request
-from acomm.channel import Channels, Outgoing
+from acomm.channel import Channels
 from acomm.client import Client
 from acomm.errors import AcommError
+from acomm.outgoing import Outgoing
 from benchmarks.harness import Contender, Figures, percentiles
 from benchmarks.tasks import identity
 from benchmarks.trackercalls import tracker_calls

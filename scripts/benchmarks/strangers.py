@@ -20,7 +20,8 @@ from typing import Any
 
 import uvloop
 
-from acomm.messages import Request, Response, ok_ack
+from acomm.acks import ok_ack
+from acomm.messages import Request, Response
 from acomm.urls import unix_url
 from benchmarks.harness import Figures
 
