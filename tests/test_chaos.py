@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -45,6 +46,12 @@ class TestChecker:
             ["35 kill template 99 100 101", LOST],
             ["35 kill supervisor 5", "36 down 5 -9", "40 begin a 1 200", TAKEN],
             ["35 kill worker 100", "40 begin a 1 200", TAKEN],
+            [
+                "25 kill worker 100",
+                "32 killed 100",
+                "45 begin a 1 200",
+                TAKEN,
+            ],  # begun before the signal came
             ["15 refused a busy", "16 again a", TAKEN],
         ],
         ids=str,
@@ -69,6 +76,7 @@ class TestChecker:
             ("again", ["45 begin a 1 200", TAKEN]),
             ("again", ["25 kill worker 100", "45 begin a 1 200", TAKEN]),
             ("again", ["35 kill worker 300", "45 begin a 1 200", TAKEN]),
+            ("again", ["25 kill worker 100", "28 killed 100", "45 begin a 1 200", TAKEN]),
             ("refused", ["15 refused a conflict", TAKEN]),
             ("survivor", [TAKEN, "60 survived 77 5000"]),
             ("stranger", [TAKEN, "60 posted b ok:1 1"]),
@@ -113,6 +121,12 @@ class TestChecker:
             "50 posted k error:worker_lost:x 1",
         ]
         assert kinds(*ANSWERED, *killer, "45 begin a 1 200", TAKEN) == []
+
+    def test_a_peer_that_is_told_no_codes_may_be_told_of_poison(self) -> None:
+        told = quote("3 supervisors have died while this request was under way", safe="")
+        poisoned = f"50 posted a error:-:{told} 1"
+        assert kinds(*ANSWERED, "32 down 4 -9", "35 down 5 -9", poisoned) == []
+        assert kinds(*ANSWERED, "35 down 5 -9", poisoned) == ["wrong"]
 
     def test_the_story_of_an_id_is_told_in_order(self) -> None:
         told = story(history(TAKEN, *ANSWERED).calls["a"])
