@@ -57,6 +57,7 @@ CHUNKS = (256, 64, 16, 4, 1)
 """Rows of one statement: a few sizes, so that each is prepared once."""
 
 _COMPACTED_AT_ONCE = 10_000  # rows; some 20 ms
+_READ_AT_ONCE = 16 * 1024 * 1024  # bytes of messages and answers
 _REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "ceph", "glusterfs"}
 """File systems of other hosts, whose locks and shared memory are not to be trusted with a WAL."""
 
@@ -352,13 +353,22 @@ class JournalFile:
         return [row.id for row in rows if row is not None and row.state in (ACCEPTED, ENDED)]
 
     def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
-        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order."""
-        rows = self._db.execute(
+        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order: at
+        most `limit`, and fewer when they are large.
+        """
+        cursor = self._db.execute(
             f"SELECT {_COLUMNS} FROM requests INDEXED BY unfinished WHERE state < 2 AND seq > ? AND seq <= ? "
             "ORDER BY seq LIMIT ?",
             (after, upto, limit),
-        ).fetchall()
-        return [Row(*row) for row in rows]
+        )
+        rows, size = list[Row](), 0
+        with contextlib.closing(cursor):
+            for row in map(Row._make, cursor):
+                rows.append(row)
+                size += len(row.message or b"") + len(row.response or b"")
+                if size >= _READ_AT_ONCE:
+                    break
+        return rows
 
     def count_unfinished(self) -> int:
         """How many rows have not been delivered."""
