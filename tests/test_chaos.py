@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import quote
 
@@ -180,6 +182,19 @@ def chaos(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _first_up(log: Path, run: subprocess.Popen[str]) -> int:
+    """The pid of a run's first supervisor, when it is ready."""
+    timer = threading.Event()
+    for _ in range(int(60 / 0.02)):
+        if log.exists() and (found := re.search(r" up (\d+)\n", log.read_text())):
+            return int(found[1])
+        if run.poll() is not None:
+            break
+        timer.wait(0.02)
+    run.kill()
+    raise AssertionError(f"no supervisor: {run.communicate()[0]}")
+
+
 @pytest.mark.process
 class TestRuns:
     def test_nothing_that_was_promised_is_broken(self) -> None:
@@ -191,6 +206,21 @@ class TestRuns:
     def test_without_a_journal_nothing_but_a_dead_supervisors_calls_is_lost(self) -> None:
         done = chaos("--no-journal", "--minutes", "0.1", "--faults", "worker,template,supervisor,cut")
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_nothing_stays_behind_when_it_is_killed(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        command = [sys.executable, str(ROOT / "scripts" / "chaos"), "--faults", "disk", "--keep", str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+            assert run.stdout is not None
+            try:
+                pid = _first_up(folder / "runner.log", run)
+                supervisor = os.pidfd_open(pid)
+            finally:
+                run.kill()
+            run.wait()
+            assert select.select([supervisor], [], [], 20)[0], "the supervisor goes on"
+            os.close(supervisor)
+        assert str(folder) not in Path("/proc/mounts").read_text()
 
     @pytest.mark.parametrize(
         ("planted", "kind", "faults"),

@@ -227,7 +227,7 @@ async def served(folder: Path, journal: Path) -> AsyncIterator[psutil.Popen]:
 
 
 def largest_memory(process: psutil.Process) -> int:
-    """Bytes that it has had at most, without what it shares with nobody but the file system."""
+    """Bytes of memory that it has had at most, as the kernel counts."""
     for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "VmHWM":
@@ -280,7 +280,9 @@ def run(arguments: Sequence[str], machine: str) -> int:
         prog="scripts/bench recovery", description="A supervisor whose journal has unfinished requests."
     )
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--folder", metavar="DIR", help="where the journal is made (default: /tmp's disk)")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="where the journal is made (default: where temporary files are)"
+    )
     given = parser.parse_args(arguments)
     if given.rows < 1:
         parser.error("--rows must be 1 or more")
@@ -309,7 +311,7 @@ def _run(folder: Path, rows: int) -> None:
     print(f"processor time           {found.cpu:8.2f} s of the supervisor alone ({each:.0f} µs a request)")
     if found.meanwhile:
         p50, p99 = (value / 1000 for value in percentiles(found.meanwhile).values())
-        print(f"new ones acknowledged    p50 {p50:.1f} ms, p99 {p99:.1f} ms, of {len(found.meanwhile)}")
+        print(f"new ones acknowledged    p50 {p50:8.1f} ms, p99 {p99:.1f} ms, of {len(found.meanwhile)}")
     print(
         f"the supervisor's memory  {found.memory / 2**20:8.0f} MiB at most "
         f"({empty.memory / 2**20:.0f} MiB with an empty journal)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -21,6 +22,9 @@ RESTART = 0.1
 READY = 60.0
 GONE = 5.0
 """Seconds that a supervisor has to be ready, and that its processes have to be gone after its death."""
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class NotReady(Exception):
@@ -66,6 +70,7 @@ class Keeper:
                 stderr=self._stderr,
                 cwd=self._folder,
                 env=self._environment,
+                preexec_fn=_end_with_parent,
             )
             readiness = asyncio.create_task(self._await_ready(process.pid))
             status = await process.wait()
@@ -198,6 +203,11 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGCONT)
             os.close(fd)
+
+
+def _end_with_parent() -> None:
+    """Whatever we die of, the supervisor does not stay behind, not even a stopped one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _opened(pids: Iterable[int]) -> list[tuple[int, int]]:
