@@ -199,6 +199,7 @@ def _code_of(text: str) -> str:
         (" supervisors have died while ", "poisoned"),
         ("is stopping", "shutting_down"),
         ("the journal ", "busy"),
+        (" cannot be looked at now: ", "busy"),
     ):
         if part in text:
             return code
