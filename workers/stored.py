@@ -33,7 +33,7 @@ MAX_BYTES = 64 * 1024 * 1024
 waits in the file.
 """
 
-PAGE = 500
+PAGE = 250
 """Rows that are read at once."""
 
 MAX_PENDING = 20_000
