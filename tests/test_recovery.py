@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,28 @@ async def test_what_was_counted_and_has_not_ended_is_known_at_a_stop(kit: Kit) -
     rows = await kit.journal.ask(kit.journal.file.unfinished, 0, 100, 100)
     assert sorted(left) == [row.seq for row in rows if row.boots]
     assert len(left) > len(kit.running)
+
+
+@pytest.mark.usefixtures("small")
+async def test_a_full_disk_is_waited_for(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY", 0.001)
+    kit.fill(*(entry(seq) for seq in range(1, 31)))
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    faults = [None, full, full, None, full]
+    count = JournalFile.taken_up
+
+    def taken_up(file: JournalFile, seqs: Sequence[int]) -> None:
+        if faults and (fault := faults.pop(0)) is not None:
+            raise fault
+        count(file, seqs)
+
+    monkeypatch.setattr(JournalFile, "taken_up", taken_up)
+    kit.start()
+    await kit.until(lambda: kit.running)
+    await kit.finish()
+    assert kit.ids == [f"r{seq}" for seq in range(1, 31)]
+    assert not faults
 
 
 class TestCancel:

@@ -191,7 +191,8 @@ class JournalFile:
         if not tables:
             db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+        self._synchronous = f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}"
+        db.execute(self._synchronous)
         db.execute("PRAGMA wal_autocheckpoint = 0")  # `checkpoint` does it when there is time
         db.execute("PRAGMA journal_size_limit = 268435456")
         db.execute("PRAGMA temp_store = MEMORY")
@@ -290,8 +291,14 @@ class JournalFile:
         return known
 
     def taken_up(self, seqs: Sequence[int]) -> None:
-        """Count that rows are taken up again, before they are."""
-        self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
+        """Count that rows are taken up again, before they are. That outlives our process and need not outlive
+        more, so nobody waits for the disk.
+        """
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
+        finally:
+            self._db.execute(self._synchronous)
 
     def put_back(self, seqs: Sequence[int]) -> None:
         """Rows were taken up, and then left in order: that is not to count against them."""

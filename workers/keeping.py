@@ -168,6 +168,7 @@ class Keeper:
 
     def answer(self, response: Response) -> bool:
         """Store an answer and tell it then; False if it may be told at once."""
+        self.ended(response.id)
         request = self._service.tracker.tracked(response.id)
         owed = request is None or request.response_hook is not None or request.handlers is not None
         return self.stored.answer(response, functools.partial(self._tell, response), owed=owed)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from acomm.messages import Request, Response
 from acomm.origin import Origin
 from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, printable
-from workers.journal import Journal, Stored
-from workers.journalfile import ACCEPTED, Ending, Entry, JournalFile, Row
+from workers.journal import RETRY, Journal, Stored
+from workers.journalfile import ACCEPTED, Ending, Entry, JournalFile, Row, out_of_space
 
 log = logging.getLogger("acomm.journal")
 
@@ -45,6 +46,8 @@ _CHECK = 0.05  # seconds between looks whether there is room
 _origin = functools.lru_cache(Origin.parse)  # there are few, and many requests of each
 _NO_FAULT = frozenset({"cancelled"})
 """Errors by which nobody has failed: such requests are not kept."""
+
+T = TypeVar("T")
 
 
 class Left(NamedTuple):
@@ -225,7 +228,7 @@ class Recovery:
         self._room = asyncio.Event()
 
     def ended(self, id: str) -> None:
-        """A request has its answer."""
+        """A request has its answer, which may have to be stored yet."""
         found = self._under_way.pop(id, None)
         if found is not None:
             self._bytes -= found[1]
@@ -283,17 +286,27 @@ class Recovery:
 
     async def _read(self, after: int) -> list[Row]:
         """The next rows behind `after`. They are counted, but for those that go last."""
-        while self._pending() > MAX_PENDING:  # noqa: ASYNC110 - hooks may be down for hours
+        # Hooks may be down for hours, and the disk full.
+        while self._pending() + self._stored.answering > MAX_PENDING:  # noqa: ASYNC110
             await asyncio.sleep(_CHECK)
-        rows, counted = await self._stored.journal.ask(_page, self._stored.journal.file, after)
+        rows, counted = await self._ask(_page, self._stored.journal.file, after)
         self._counted.update(counted)
         return rows
 
+    async def _ask(self, question: Callable[..., T], *args: Any) -> T:
+        """As the journal's `ask`, as often as it takes until the disk has room."""
+        while True:
+            try:
+                return await self._stored.journal.ask(question, *args)
+            except sqlite3.Error as error:
+                if not out_of_space(error):
+                    raise
+            await asyncio.sleep(RETRY)
+
     async def _count(self, suspects: list[Row]) -> None:
         seqs = [row.seq for row in suspects if row.boots < MAX_BOOTS]
-        if seqs:
-            journal = self._stored.journal
-            await journal.ask(journal.file.taken_up, seqs)
+        if seqs:  # behind the answers of those before them, which are in the file then
+            await self._ask(self._stored.journal.file.taken_up, seqs)
             self._counted.update(seqs)
 
     def _take_up(self, rows: list[Row]) -> None:
