@@ -200,12 +200,13 @@ def _first_up(log: Path, run: subprocess.Popen[str]) -> int:
 class TestRuns:
     def test_nothing_that_was_promised_is_broken(self) -> None:
         faults = ",".join(fault for fault in ABOUT if fault != "calls" or shutil.which("cc"))
-        words = ["--minutes", "0.2", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
+        words = ["--minutes", "0.17", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
         done = chaos(*words, "--faults", faults)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_without_a_journal_nothing_but_a_dead_supervisors_calls_is_lost(self) -> None:
-        done = chaos("--no-journal", "--minutes", "0.1", "--faults", "worker,template,supervisor,cut")
+        words = ["--no-journal", "--minutes", "0.08", "--rate", "200"]
+        done = chaos(*words, "--faults", "worker,template,supervisor,cut")
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_nothing_stays_behind_when_it_is_killed(self, tmp_path: Path) -> None:
@@ -232,7 +233,8 @@ class TestRuns:
     ) -> None:
         if len(rounds) == 1 and planted != "forget":
             pytest.skip("takes a quarter of a minute: with --rounds 2 or more")
-        words = ["--minutes", "0.13", "--settle", "3", "--faults", faults, "--seed", "5", "--fault-rate", "4"]
+        words = ["--minutes", "0.13", "--rate", "300", "--settle", "3", "--faults", faults, "--seed", "5"]
+        words += ["--fault-rate", "4"]
         words += ["--keep", str(tmp_path / "run"), "--supervisor", str(ROOT / "tests" / "planted.py")]
         done = chaos(*words, PLANTED=planted)
         assert done.returncode == 1, done.stdout + done.stderr
