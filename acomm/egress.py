@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import re
@@ -37,7 +38,7 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import Any, NamedTuple
 
 from acomm import urls
-from acomm.errors import BadRequest, ConfigError, Forbidden, printable
+from acomm.errors import BadRequest, Busy, ConfigError, Forbidden, printable
 from acomm.hosts import (
     IP,
     Network,
@@ -51,6 +52,9 @@ from acomm.hosts import (
     usual_port,
 )
 from acomm.origin import Origin
+
+_WANT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of a system call that are nobody's fault, and pass."""
 
 _rule = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(?::(\*|[0-9]{1,5}))?", re.ASCII)
 # What a name inside an organisation may well lead to. A rule that allows a name does not allow whoever
@@ -120,9 +124,9 @@ class Policy:
     def admit(self, url: str, origin: Origin, what: str = "the hook") -> None:
         """Judge a URL when it is asked for: `check`, and for a unix URL who owns the socket.
 
-        Raises Forbidden. A socket that is not there yet passes for our own user, as it is judged again
-        when it is connected to. Other users are told the same whether it is missing or another's: they
-        may not ask us which files exist.
+        Raises Forbidden, and Busy while there is no descriptor to look with. A socket that is not there yet
+        passes for our own user, as it is judged again when it is connected to. Other users are told the same
+        whether it is missing or another's: they may not ask us which files exist.
         """
         self.check(url, origin, what)
         path = urls.unix_path(url)
@@ -131,6 +135,9 @@ class Policy:
         try:
             os.close(self._open(path, origin, what))
         except OSError as error:
+            if error.errno in _WANT:
+                text = f"{what} cannot be looked at now: {error.strerror}"
+                raise Busy(text, retry_after=1.0) from None
             if not origin.local:
                 raise self._not_theirs(path, origin, what) from None
             if not isinstance(error, FileNotFoundError):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -45,6 +49,12 @@ class TestChecker:
             ["35 kill template 99 100 101", LOST],
             ["35 kill supervisor 5", "36 down 5 -9", "40 begin a 1 200", TAKEN],
             ["35 kill worker 100", "40 begin a 1 200", TAKEN],
+            [
+                "25 kill worker 100",
+                "32 killed 100",
+                "45 begin a 1 200",
+                TAKEN,
+            ],  # begun before the signal came
             ["15 refused a busy", "16 again a", TAKEN],
         ],
         ids=str,
@@ -69,6 +79,7 @@ class TestChecker:
             ("again", ["45 begin a 1 200", TAKEN]),
             ("again", ["25 kill worker 100", "45 begin a 1 200", TAKEN]),
             ("again", ["35 kill worker 300", "45 begin a 1 200", TAKEN]),
+            ("again", ["25 kill worker 100", "28 killed 100", "45 begin a 1 200", TAKEN]),
             ("refused", ["15 refused a conflict", TAKEN]),
             ("survivor", [TAKEN, "60 survived 77 5000"]),
             ("stranger", [TAKEN, "60 posted b ok:1 1"]),
@@ -113,6 +124,12 @@ class TestChecker:
             "50 posted k error:worker_lost:x 1",
         ]
         assert kinds(*ANSWERED, *killer, "45 begin a 1 200", TAKEN) == []
+
+    def test_a_peer_that_is_told_no_codes_may_be_told_of_poison(self) -> None:
+        told = quote("3 supervisors have died while this request was under way", safe="")
+        poisoned = f"50 posted a error:-:{told} 1"
+        assert kinds(*ANSWERED, "32 down 4 -9", "35 down 5 -9", poisoned) == []
+        assert kinds(*ANSWERED, "35 down 5 -9", poisoned) == ["wrong"]
 
     def test_the_story_of_an_id_is_told_in_order(self) -> None:
         told = story(history(TAKEN, *ANSWERED).calls["a"])
@@ -166,17 +183,46 @@ def chaos(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _first_up(log: Path, run: subprocess.Popen[str]) -> int:
+    """The pid of a run's first supervisor, when it is ready."""
+    timer = threading.Event()
+    for _ in range(int(60 / 0.02)):
+        if log.exists() and (found := re.search(r" up (\d+)\n", log.read_text())):
+            return int(found[1])
+        if run.poll() is not None:
+            break
+        timer.wait(0.02)
+    run.kill()
+    raise AssertionError(f"no supervisor: {run.communicate()[0]}")
+
+
 @pytest.mark.process
 class TestRuns:
     def test_nothing_that_was_promised_is_broken(self) -> None:
-        faults = "worker,template,supervisor,stop,hooks,disk,cut,flood"
-        words = ["--minutes", "0.2", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
+        faults = ",".join(fault for fault in ABOUT if fault != "calls" or shutil.which("cc"))
+        words = ["--minutes", "0.17", "--rate", "300", "--fault-rate", "1.5", "--settle", "60"]
         done = chaos(*words, "--faults", faults)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def test_without_a_journal_nothing_but_a_dead_supervisors_calls_is_lost(self) -> None:
-        done = chaos("--no-journal", "--minutes", "0.1", "--faults", "worker,template,supervisor,cut")
+        words = ["--no-journal", "--minutes", "0.08", "--rate", "200"]
+        done = chaos(*words, "--faults", "worker,template,supervisor,cut")
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_nothing_stays_behind_when_it_is_killed(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        command = [sys.executable, str(ROOT / "scripts" / "chaos"), "--faults", "disk", "--keep", str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+            assert run.stdout is not None
+            try:
+                pid = _first_up(folder / "runner.log", run)
+                supervisor = os.pidfd_open(pid)
+            finally:
+                run.kill()
+            run.wait()
+            assert select.select([supervisor], [], [], 20)[0], "the supervisor goes on"
+            os.close(supervisor)
+        assert str(folder) not in Path("/proc/mounts").read_text()
 
     @pytest.mark.parametrize(
         ("planted", "kind", "faults"),
@@ -187,7 +233,8 @@ class TestRuns:
     ) -> None:
         if len(rounds) == 1 and planted != "forget":
             pytest.skip("takes a quarter of a minute: with --rounds 2 or more")
-        words = ["--minutes", "0.13", "--settle", "3", "--faults", faults, "--seed", "5", "--fault-rate", "4"]
+        words = ["--minutes", "0.13", "--rate", "300", "--settle", "3", "--faults", faults, "--seed", "5"]
+        words += ["--fault-rate", "4"]
         words += ["--keep", str(tmp_path / "run"), "--supervisor", str(ROOT / "tests" / "planted.py")]
         done = chaos(*words, PLANTED=planted)
         assert done.returncode == 1, done.stdout + done.stderr

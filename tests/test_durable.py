@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import ack
+from peers import ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
+from workers.journalfile import DELIVERED
+from workers.stored import IN_FLIGHT, PAGE
 
 pytestmark = pytest.mark.process
 
@@ -158,6 +160,45 @@ def test_a_stop_leaves_what_it_cannot_finish(serve: Serve, hook: Hook, fifos: tu
     started.read()
 
 
+def test_what_waits_in_the_file_can_be_cancelled_as_what_is_queued(
+    serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
+    served = serve("--workers", "1")
+    started, release = fifos
+    accepted(served, "runs", "hold", hook.url, [started.path, release.path])
+    started.read()
+    accepted(served, "near", "noted", hook.url, [str(tmp_path / "runs"), 0])
+    many = IN_FLIGHT + PAGE
+    messages = [request(f"w{n}", "echo", hook.url, [n], acomm=1) for n in range(many)]
+    messages.append(request("far", "noted", hook.url, [str(tmp_path / "runs"), 1], acomm=1))
+    with connected(served.path) as sock:
+        for start in range(0, len(messages), 100):
+            some = messages[start : start + 100]
+            sock.sendall(b"".join(map(frame, some)))
+            for _ in some:
+                read_frame(sock)
+    die(served)
+    served = serve("--workers", "1")
+    started.read()
+    served.until(lambda stats: stats["queued"])
+    # "far" is behind more than can be under way, and nothing ends.
+    assert set(served.verb("acomm.known", ["near", "far", "nothing"])) == {"near", "far"}
+    for id in ("far", "near"):
+        assert served.verb("acomm.cancel", [id])
+        answer = hook.answer()
+        assert (answer["id"], answer["error"]) == (id, "call of task noted was cancelled")
+        assert not served.verb("acomm.cancel", [id])
+    assert not served.verb("acomm.cancel", ["nothing"])
+    release.close()
+    answers = sorted(hook.answer()["id"] for _ in range(many + 1))
+    assert answers == sorted(["runs", *(f"w{n}" for n in range(many))])
+    served.until(lambda stats: not stats["journal"]["unfinished"])
+    assert not (tmp_path / "runs").exists()
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+    assert {row[0] for row in rows(tmp_path, "state")} == {DELIVERED}
+
+
 def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
     served = serve("--workers", "1")
     started, _ = fifos
@@ -236,8 +277,6 @@ def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Pat
 
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
     """Those of what is stored come later than refusals, but not behind them."""
-    from peers import connected, frame, read_frame
-
     served = serve()
     messages = [request(f"r{n}", "add" if n % 2 else "unknown", hook.url, [1], acomm=1) for n in range(20)]
     with connected(served.path) as sock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from watching import NOBODY, Names, Wire, as_root, stranger, watched
 
 from acomm import hosts
 from acomm.egress import Address, Guard, Policy
-from acomm.errors import ConfigError, Forbidden
+from acomm.errors import Busy, ConfigError, Forbidden
 from acomm.httpegress import PolicyResolver, connector, session
 from acomm.origin import PROGRAM, Origin
 
@@ -396,6 +397,18 @@ def test_a_socket_that_is_not_there_yet_passes_for_us_until_it_is_connected_to(s
     (shared / "f").touch()
     with pytest.raises(Forbidden, match="cannot be reached: Not a directory"):
         policy.admit(f"unix://{shared}/f/s", OWN)
+
+
+@pytest.mark.parametrize("origin", [OWN, OTHER])
+def test_a_want_of_descriptors_is_no_refusal_for_good(
+    shared: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(Busy, match="the hook cannot be looked at now: Too many open files"):
+        Policy().admit(f"unix://{shared}/s", origin)
 
 
 def test_a_file_that_is_no_socket_is_nobodys(shared: Path) -> None:

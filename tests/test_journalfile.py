@@ -124,6 +124,16 @@ def test_pages_follow_each_other(path: str, wall: Clock) -> None:
     file.close()
 
 
+def test_a_page_of_large_rows_is_short(path: str, wall: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journalfile, "_READ_AT_ONCE", 1000)
+    file = opened(path, wall)
+    large = [entry(seq)._replace(message=bytes(400)) for seq in range(1, 6)]
+    file.write(batch(entries=large, ended=[Ending(5, bytes(2000), None)]))
+    pages = [[row.seq for row in file.unfinished(after, 10, 9)] for after in (0, 3, 5)]
+    assert pages == [[1, 2, 3], [4, 5], []]
+    file.close()
+
+
 def test_boots_are_counted_and_taken_back(path: str, wall: Clock) -> None:
     file = opened(path, wall)
     file.write(batch(entries=[entry(1), entry(2)]))

@@ -57,6 +57,7 @@ CHUNKS = (256, 64, 16, 4, 1)
 """Rows of one statement: a few sizes, so that each is prepared once."""
 
 _COMPACTED_AT_ONCE = 10_000  # rows; some 20 ms
+_READ_AT_ONCE = 16 * 1024 * 1024  # bytes of messages and answers
 _REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "ceph", "glusterfs"}
 """File systems of other hosts, whose locks and shared memory are not to be trusted with a WAL."""
 
@@ -190,7 +191,8 @@ class JournalFile:
         if not tables:
             db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+        self._synchronous = f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}"
+        db.execute(self._synchronous)
         db.execute("PRAGMA wal_autocheckpoint = 0")  # `checkpoint` does it when there is time
         db.execute("PRAGMA journal_size_limit = 268435456")
         db.execute("PRAGMA temp_store = MEMORY")
@@ -289,8 +291,14 @@ class JournalFile:
         return known
 
     def taken_up(self, seqs: Sequence[int]) -> None:
-        """Count that rows are taken up again, before they are."""
-        self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
+        """Count that rows are taken up again, before they are. That outlives our process and need not outlive
+        more, so nobody waits for the disk.
+        """
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
+        finally:
+            self._db.execute(self._synchronous)
 
     def put_back(self, seqs: Sequence[int]) -> None:
         """Rows were taken up, and then left in order: that is not to count against them."""
@@ -352,13 +360,22 @@ class JournalFile:
         return [row.id for row in rows if row is not None and row.state in (ACCEPTED, ENDED)]
 
     def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
-        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order."""
-        rows = self._db.execute(
+        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order: at
+        most `limit`, and fewer when they are large.
+        """
+        cursor = self._db.execute(
             f"SELECT {_COLUMNS} FROM requests INDEXED BY unfinished WHERE state < 2 AND seq > ? AND seq <= ? "
             "ORDER BY seq LIMIT ?",
             (after, upto, limit),
-        ).fetchall()
-        return [Row(*row) for row in rows]
+        )
+        rows, size = list[Row](), 0
+        with contextlib.closing(cursor):
+            for row in map(Row._make, cursor):
+                rows.append(row)
+                size += len(row.message or b"") + len(row.response or b"")
+                if size >= _READ_AT_ONCE:
+                    break
+        return rows
 
     def count_unfinished(self) -> int:
         """How many rows have not been delivered."""

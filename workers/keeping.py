@@ -18,13 +18,12 @@ from acomm.messages import Request, Response
 from acomm.origin import Origin
 from acomm.tracker import Tracker
 from workers.admission import Admission
-from workers.errors import Conflict, printable
+from workers.errors import Busy, Conflict, printable
 from workers.examining import Examined, Examiner, args_size
 from workers.journal import Journal
 from workers.journalfile import JournalFile, Row
 from workers.offering import Decided
 from workers.outlook import Outlook
-from workers.recent import digest
 from workers.stored import Left, Recovery, StoredRequests
 
 log = logging.getLogger("acomm.supervisor")
@@ -145,13 +144,13 @@ class Keeper:
     def take_up(self, left: Left) -> None:
         """Begin, or answer, what an earlier supervisor has left."""
         service = self._service
-        request, origin, response = left
+        request, content, origin, response, stored = left
         if response is not None:
             service.track(request, origin)
-            if response.error is not None and response.error.code == "poisoned":
-                service.answer(response)
-            else:
+            if stored:
                 service.told(response)
+            else:
+                service.answer(response)
             return
         task, key = None, None
         if service.examiner.is_ours(request):
@@ -163,12 +162,13 @@ class Keeper:
         # It was accepted when there was room for it, and counts now however little there is.
         account, size = service.admission.account(origin), args_size(request)
         service.admission.take(account, size)
-        self._begin(Examined(request, digest(request), origin, account, size, None, task, key))
+        self._begin(Examined(request, content, origin, account, size, None, task, key))
 
     # -- answers ------------------------------------------------------------------------------------
 
     def answer(self, response: Response) -> bool:
         """Store an answer and tell it then; False if it may be told at once."""
+        self.ended(response.id)
         request = self._service.tracker.tracked(response.id)
         owed = request is None or request.response_hook is not None or request.handlers is not None
         return self.stored.answer(response, functools.partial(self._tell, response), owed=owed)
@@ -194,6 +194,17 @@ class Keeper:
         delivery = self._service.tracker.delivery
         self._recovery = Recovery(self.stored, self.take_up, lambda: delivery.pending, self._few)
         self._recovering = asyncio.get_running_loop().create_task(self._recover(self._recovery))
+
+    async def cancel(self, id: str) -> bool:
+        """Answer a request with `cancelled` that waits in the file, to be taken up; False if none does.
+        Raises Busy.
+        """
+        if self._recovery is None or self._left:
+            return False
+        try:
+            return await self._recovery.cancel(id)
+        except sqlite3.Error as error:
+            raise Busy(f"the journal cannot be used: {printable(error)}") from None
 
     async def _recover(self, recovery: Recovery) -> None:
         try:

@@ -659,6 +659,15 @@ class Supervisor:
             found.update(await self.keeper.stored.undone(rest))
         return list(found)
 
+    async def cancel_stored(self, id: str) -> bool:
+        """Cancel a request that has no call yet; whether there is one."""
+        if self.keeper is not None and await self.keeper.cancel(id):
+            return True
+        call = self.under_way(id)  # since a moment ago
+        if call is not None:
+            self.cancel(call)
+        return call is not None
+
     def cancel(self, call: Call) -> None:
         """Stop a call, even one that runs."""
         outcome = self.pool.cancel(call.number)

@@ -46,6 +46,9 @@ class Service(failed.Service, Protocol):
     async def known(self, ids: list[str]) -> list[str]:
         """Those of the requests whose answer is to come, or on its way."""
 
+    async def cancel_stored(self, id: str) -> bool:
+        """Cancel a request that has no call yet; whether there is one."""
+
     def cancel(self, call: Call) -> None:
         """Stop a call, even one that runs."""
 
@@ -115,15 +118,16 @@ class Verbs:
     def _stats(self, request: Request, origin: Origin) -> dict[str, Any]:
         return self._service.stats()
 
-    def _cancel(self, request: Request, origin: Origin) -> bool:
+    def _cancel(self, request: Request, origin: Origin) -> bool | Awaitable[bool]:
         """Cancel the request whose id is the argument: `["id"]`, `{"id": ...}` or `"id"`."""
         ids = _arguments(request)
         if len(ids) != 1 or not isinstance(ids[0], str):
             raise BadArgs("acomm.cancel takes the id of one request")
         call = self._service.under_way(ids[0])
-        if call is not None:
-            self._service.cancel(call)
-        return call is not None
+        if call is None:
+            return self._service.cancel_stored(ids[0])
+        self._service.cancel(call)
+        return True
 
     def _progress(self, request: Request, origin: Origin) -> dict[str, Any]:
         """How far the requests are whose ids are the arguments, in a list or one by one; those that are not

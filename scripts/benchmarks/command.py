@@ -23,6 +23,9 @@ POOL = "pool"
 OVERLOAD = "overload"
 """Not a row either: it fills the machine with peers, and is one table."""
 
+RECOVERY = "recovery"
+"""Nor this: one supervisor at its start."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit status."""
@@ -34,6 +37,10 @@ def run(arguments: Sequence[str]) -> int:
         from benchmarks.overload import run as overload
 
         return overload(arguments[1:], machine())
+    if arguments[:1] == [RECOVERY]:
+        from benchmarks.recovery import run as recovery
+
+        return recovery(arguments[1:], machine())
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure, as ratios within one run.")
     parser.add_argument(
         "row",
@@ -50,8 +57,9 @@ def run(arguments: Sequence[str]) -> int:
             print(f"{row.name:10} {row.about}")
         print(f"{POOL:10} process pools side by side, in many respects; see scripts/bench {POOL} --help")
         print(f"{OVERLOAD:10} honest callers among 10,000 slow peers, and without descriptors")
+        print(f"{RECOVERY:10} a supervisor that finds a million unfinished requests in its journal")
         return 0
-    for apart in (POOL, OVERLOAD):
+    for apart in (POOL, OVERLOAD, RECOVERY):
         if apart in given.row:
             parser.error(f"{apart} is measured by itself: scripts/bench {apart} [OPTION...]")
     unknown = [name for name in given.row if name not in ROWS]

@@ -53,15 +53,15 @@ class Faults:
         self.downs.sort()
         self.ups = sorted(history.ups)
         self.worker_kills = sorted(at for at, role, _ in history.kills if role != "supervisor")
-        self._of_pid: dict[int, list[int]] = {}
+        self._of_pid: dict[int, list[tuple[int, int]]] = {}  # from when, to when it may have been
         for at, role, pids in history.kills:
             if role != "supervisor":
                 for pid in pids:
-                    self._of_pid.setdefault(pid, []).append(at)
+                    self._of_pid.setdefault(pid, []).append((at, max(at, history.killed.get(pid, at))))
         for call in history.calls.values():
             if call.task == "die":  # its worker is its own victim
                 for at, pid in call.begins:
-                    self._of_pid.setdefault(pid, []).append(at)
+                    self._of_pid.setdefault(pid, []).append((at, at))
                     self.worker_kills.append(at)
         self.worker_kills.sort()
 
@@ -85,7 +85,7 @@ class Faults:
     def worker_died(self, pid: int, since: int, until: int) -> bool:
         if self.supervisor_died(since, until):
             return True
-        return any(since <= at <= until for at in self._of_pid.get(pid, ()))
+        return any(first <= until and last >= since for first, last in self._of_pid.get(pid, ()))
 
 
 def _within(times: list[int], since: int, until: int) -> int:
@@ -196,8 +196,10 @@ def _code_of(text: str) -> str:
         (" while it ran task ", "worker_lost"),
         ("on purpose: ", "task_error"),
         ("poison", "poisoned"),
+        (" supervisors have died while ", "poisoned"),
         ("is stopping", "shutting_down"),
         ("the journal ", "busy"),
+        (" cannot be looked at now: ", "busy"),
     ):
         if part in text:
             return code

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 from chaoslib.shim import Shim
 
 SIZE = 512
 """MiB: more than the journal of a long run takes."""
+
+
+_CLONE_NEWNS = 0x20000
+_MS_REC, _MS_PRIVATE = 0x4000, 0x40000
+_MNT_DETACH = 2
 
 
 class NoDisk(Exception):
@@ -34,11 +38,14 @@ class Disk:
             raise NoDisk("a full disk needs the right to mount one (root), or a C compiler for the shim")
 
     def _mount(self) -> bool:
-        if os.getuid() != 0 or shutil.which("mount") is None:
+        """Mount it where only we and our children see it, so that it ends with us, whatever we die of."""
+        if os.getuid() != 0:
             return False
-        options = f"size={SIZE}m,mode=700"
-        command = ["mount", "-t", "tmpfs", "-o", options, "chaos", str(self.path)]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        libc = ctypes.CDLL(None)
+        if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None):
+            return False
+        options = f"size={SIZE}m,mode=700".encode()
+        return libc.mount(b"chaos", os.fsencode(self.path), b"tmpfs", 0, options) == 0
 
     def fill(self, pid: int) -> None:
         """Leave no room, for the supervisor `pid` at least."""
@@ -66,4 +73,4 @@ class Disk:
     def close(self) -> None:
         self.free()
         if self.mounted:
-            subprocess.run(["umount", str(self.path)], check=True)
+            ctypes.CDLL(None).umount2(os.fsencode(self.path), _MNT_DETACH)

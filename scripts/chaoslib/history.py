@@ -19,6 +19,7 @@ by the runner
     up PID                      a supervisor takes requests
     down PID STATUS             it has ended
     kill ROLE PID...            about to be killed: a worker, the supervisor, the template with its workers
+    killed PID                  it is gone: what it has begun since `kill` was begun before the signal came
     survived PID MILLISECONDS   a process outlived its killed supervisor for so long
     orphans MILLISECONDS        all processes of a killed supervisor were gone after so long
     fault NAME FIELD...         any other fault begins
@@ -108,6 +109,7 @@ class History:
         self.calls: dict[str, Call] = {}
         self.cut: set[str] = set()
         self.kills: list[tuple[int, str, frozenset[int]]] = []  # time, role, pids
+        self.killed: dict[int, int] = {}  # pid, and when it was gone
         self.ups: list[int] = []
         self.downs: list[tuple[int, int, int]] = []  # time, pid, status
         self.faults: Counter[str] = Counter()
@@ -162,6 +164,8 @@ class History:
                 self.downs.append((at, int(pid), int(status)))
             case "kill", [role, *pids]:
                 self.kills.append((at, role, frozenset(map(int, pids))))
+            case "killed", [pid]:
+                self.killed[int(pid)] = at
             case "fault", [name, *_]:
                 self.faults[name] += 1
             case "survived", [pid, _]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -20,6 +22,9 @@ RESTART = 0.1
 READY = 60.0
 GONE = 5.0
 """Seconds that a supervisor has to be ready, and that its processes have to be gone after its death."""
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class NotReady(Exception):
@@ -65,6 +70,7 @@ class Keeper:
                 stderr=self._stderr,
                 cwd=self._folder,
                 env=self._environment,
+                preexec_fn=_end_with_parent,
             )
             readiness = asyncio.create_task(self._await_ready(process.pid))
             status = await process.wait()
@@ -127,47 +133,50 @@ class Keeper:
         workers = self.workers()
         if workers:
             victim = workers[int(chance * len(workers))]
-            self._log.note("kill", "worker", victim.pid)
-            self._kill(victim)
+            self._strike("worker", victim, [victim.pid])
 
     def kill_template(self) -> None:
         template = self.template()
         if template is not None:
             pids = [worker.pid for worker in self._children(template.pid)]
-            self._log.note("kill", "template", template.pid, *pids)
-            self._kill(template)
+            self._strike("template", template, [template.pid, *pids])
+
+    def _strike(self, role: str, victim: psutil.Process, pids: list[int]) -> None:
+        """Kill `victim`; `pids` are all that ends with it."""
+        family = _opened(pids)
+        self._log.note("kill", role, *pids)
+        self._kill(victim)
+        self._watch(self._tell_the_end(family))
+
+    async def _tell_the_end(self, family: list[tuple[int, int]]) -> None:
+        until = asyncio.get_running_loop().time() + GONE
+        for pid, fd in family:
+            if await _ended(fd, until):
+                self._log.note("killed", pid)
 
     def kill_supervisor(self) -> None:
         pid = self.pid
         if pid is None:
             return
-        family = []
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(ProcessLookupError):
-                family.append((child.pid, os.pidfd_open(child.pid)))
+        family = _opened([child.pid for child in psutil.Process(pid).children(recursive=True)])
         self._log.note("kill", "supervisor", pid)
         self.up.clear()
         os.kill(pid, signal.SIGKILL)
-        watching = asyncio.get_running_loop().create_task(self._watch(family))
-        self._watching.add(watching)
-        watching.add_done_callback(self._watching.discard)
+        self._watch(self._tell_of_orphans(family))
 
-    async def _watch(self, family: list[tuple[int, int]]) -> None:
+    async def _tell_of_orphans(self, family: list[tuple[int, int]]) -> None:
         """How long the processes of a killed supervisor take to be gone."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         for pid, fd in family:
-            ended = asyncio.Event()
-            loop.add_reader(fd, ended.set)
-            try:
-                async with asyncio.timeout_at(started + GONE):
-                    await ended.wait()
-            except TimeoutError:
+            if not await _ended(fd, started + GONE):
                 self._log.note("survived", pid, round(1000 * GONE))
-            finally:
-                loop.remove_reader(fd)
-                os.close(fd)
         self._log.note("orphans", round(1000 * (loop.time() - started), 1))
+
+    def _watch(self, watch: Coroutine[Any, Any, None]) -> None:
+        watching = asyncio.get_running_loop().create_task(watch)
+        self._watching.add(watching)
+        watching.add_done_callback(self._watching.discard)
 
     def _kill(self, process: psutil.Process) -> None:
         with contextlib.suppress(psutil.Error):
@@ -194,3 +203,35 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGCONT)
             os.close(fd)
+
+
+def _end_with_parent() -> None:
+    """Whatever we die of, the supervisor does not stay behind, not even a stopped one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _opened(pids: Iterable[int]) -> list[tuple[int, int]]:
+    """Those that are alive, with a descriptor each."""
+    family = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            family.append((pid, os.pidfd_open(pid)))
+    return family
+
+
+async def _ended(fd: int, until: float) -> bool:
+    """Wait for the end of a process, and close its descriptor; False if it is there at `until`, by the event
+    loop's clock.
+    """
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(fd, ended.set)
+    try:
+        async with asyncio.timeout_at(until):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+    return True

@@ -16,7 +16,8 @@ from acomm.urls import unix_url
 from chaoslib.history import outcome
 from chaoslib.peer import ACK_TIMEOUT, Ask, Command, Given, NoAck, Refused, Sender, commands
 
-WINDOW = 512
+WINDOW = 2048
+"""Many, as a supervisor that is killed again and again leaves those for last that it was killed with."""
 
 
 async def main(given: Given) -> None:

@@ -28,6 +28,11 @@ ACK_TIMEOUT = 30.0
 _PAUSES = (0.05, 0.8)
 """Seconds between two tries, at least and at most."""
 
+_AWAY = 0.3
+"""Seconds without new requests after one that nobody has acknowledged: what is due then comes later, so that
+a restart costs time and no work.
+"""
+
 _SHARE_OF_OTHERS = 0.05
 """Of the requests, those whose answers go to the troubled hooks."""
 
@@ -94,6 +99,7 @@ class Sender:
         self._settling = False
         self._sending: set[asyncio.Task[None]] = set()
         self._waiting: set[str] = set()  # for the answer at our own hook
+        self._away_until = 0.0
 
     def answered(self, id: str) -> None:
         self._waiting.discard(id)
@@ -103,11 +109,16 @@ class Sender:
         self._settling = True
 
     async def run(self) -> None:
-        due = 0.0
+        loop = asyncio.get_running_loop()
+        due, then = 0.0, loop.time()
         while not self._settling:
             await asyncio.sleep(_TICK)
+            now = loop.time()
+            due = min(due + self._given.rate * (now - then), self._window)
+            then = now
+            if now < self._away_until:
+                continue
             room = self._window - len(self._sending) - len(self._waiting)
-            due = min(due + self._given.rate * _TICK, self._window)
             for _ in range(min(int(due), room)):
                 due -= 1
                 self._start(self._next())
@@ -138,7 +149,7 @@ class Sender:
                     self._waiting.discard(ask.id)
                     return
             except NoAck:
-                pass
+                self._away_until = asyncio.get_running_loop().time() + _AWAY
             else:
                 if self._way != "raw":
                     self._log.note("acked", ask.id)

@@ -24,7 +24,7 @@ from chaoslib.peer import (
     url_object,
 )
 
-WINDOW = 64
+WINDOW = 256
 
 
 async def main(given: Given) -> None:

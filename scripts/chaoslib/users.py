@@ -12,7 +12,7 @@ from acomm.urls import unix_url
 from chaoslib.peer import Command, Given, commands
 from chaoslib.work import TASKS, WEIGHTS
 
-CALLERS = 16
+CALLERS = 64
 
 
 async def main(given: Given) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-WEIGHTS = {"quick": 0.80, "busy": 0.12, "doze": 0.02, "fail": 0.04, "stubborn": 0.0195, "die": 0.0005}
+WEIGHTS = {"quick": 0.81, "busy": 0.12, "doze": 0.01, "fail": 0.04, "stubborn": 0.0195, "die": 0.0005}
 """Tasks, and their share of the requests: tiny ones; some milliseconds of work; tenths of a second, so that
 there is always something in flight; one that raises; one that is tried again after a crash; one that kills
 its worker.
