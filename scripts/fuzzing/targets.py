@@ -8,7 +8,6 @@ import math
 import random
 import tempfile
 from typing import Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
@@ -145,7 +144,8 @@ def _reading(cls: Any, data: bytes) -> Any:
         found["args"] = None  # the quick way leaves it as it is, and it means the same
     for name in ("response_hook", "task_url", "stream_url"):
         if found.get(name) is not None and not found[name].startswith("unix:"):
-            found[name] = urlunsplit(urlsplit(found[name]))  # an empty query or fragment does not travel
+            scheme, colon, rest = found[name].partition("#")[0].partition(":")  # a fragment does not travel
+            found[name] = scheme.lower() + colon + rest
     return found
 
 
