@@ -1,0 +1,283 @@
+"""Both doors, each connection in memory: what the kernel would do between takes most of the time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import struct
+import tempfile
+from typing import Any
+
+from acomm.accepted import Accepted
+from acomm.errors import AcommError, Busy
+from acomm.framing import Framer, FrameTooLarge, frame
+from acomm.listener import Connection
+from acomm.messages import Request, Response, salvage
+from acomm.tracker import Tracker
+from fuzzing.messagetargets import requests
+from workers.callers import Callers
+from workers.config import Config
+from workers.door import Door
+from workers.registry import Registry, task
+from workers.unixdoor import UnixDoor
+
+_TURNS = 12
+"""Turns of the event loop in which a connection has come to rest: a request takes four."""
+
+_OURSELVES = struct.pack("iII", os.getpid(), os.getuid(), os.getgid())
+
+
+@task
+def echo(value: Any = None) -> Any:
+    return value
+
+
+@task(cancel_on_disconnect=True)
+def waited_for(value: Any = None) -> Any:
+    return value
+
+
+class _Socket:
+    """Tells who is at the other end."""
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        return _OURSELVES
+
+
+class _Wire(asyncio.Transport):
+    """A connection whose peer takes all that is written at once."""
+
+    def __init__(self, protocol: asyncio.Protocol, about: dict[str, Any]) -> None:
+        super().__init__(about)
+        self.written = b""
+        self.lost = False
+        self._protocol = protocol
+        self._closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not self._closing:
+            self.written += data
+
+    def write_eof(self) -> None: ...
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            asyncio.get_running_loop().call_soon(self._lose)
+
+    abort = close
+
+    def _lose(self) -> None:
+        self.lost = True
+        self._protocol.connection_lost(None)
+
+
+async def _settled(wire: _Wire) -> None:
+    for _ in range(_TURNS):
+        if wire.lost:
+            return
+        await asyncio.sleep(0)
+
+
+def _pieces(data: bytes, dice: random.Random) -> list[bytes]:
+    cut = dice.randrange(len(data) + 1) if dice.random() < 0.25 else 0
+    return [piece for piece in (data[:cut], data[cut:]) if piece]
+
+
+class _Delivery:
+    """Posts nothing."""
+
+    def post(self, url: str, response: Response, wire: int, **more: Any) -> None:
+        response.encode(wire, extended=response.extended)
+
+
+class _Service:
+    """Decides every request, sometimes later, and answers what it has taken."""
+
+    draining = False
+
+    def __init__(self, folder: str, tracker: Any) -> None:
+        settings = {"modules": ("fuzzing",), "http": "127.0.0.1:0", "http_no_token": True}
+        self.config = Config.load({**settings, "socket": f"{folder}/s.sock", "max_frame": 65536}, environ={})
+        self.registry = Registry([echo, waited_for])
+        self.tracker = tracker
+        self.callers = Callers()
+        self.dice = random.Random(0)
+
+    def offer(
+        self, request: Request, origin: Any, decided: Any, resolve: Any = None, message: bytes | None = None
+    ) -> None:
+        def decide() -> None:
+            if self.dice.random() < 0.1:
+                decided(Busy("no more", retry_after=1.0))
+                return
+            decided(None, Accepted(3, 0.5) if self.dice.random() < 0.2 else None)
+            self.callers.ended(request.id)
+            if resolve is not None:
+                resolve(Response(request.id, request.args))
+
+        if self.dice.random() < 0.2:
+            asyncio.get_running_loop().call_soon(decide)
+        else:
+            decide()
+
+    def refused(self, error: AcommError) -> None: ...
+
+    def caller_left(self, caller: Any) -> None:
+        self.callers.left(caller)
+
+    def unready(self) -> None:
+        return None
+
+
+class _Door:
+    """What both have in common: a loop, a service, and what was logged as a fault of ours."""
+
+    def __init__(self, tracker: Any) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._loop = asyncio.new_event_loop()
+        self._service = _Service(self._folder.name, tracker)
+        self._faults: list[str] = []
+        self._loop.set_exception_handler(lambda loop, context: self._faults.append(repr(context)))
+        handler = logging.Handler(logging.ERROR)
+        handler.emit = lambda record: self._faults.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+        for name in ("acomm", "asyncio", "aiohttp"):
+            logging.getLogger(name).addHandler(handler)
+
+    def feed(self, data: bytes, dice: random.Random) -> None:
+        self._service.dice = dice
+        self._loop.run_until_complete(self._exchange(data, dice))
+        faults, self._faults[:] = self._faults[:], []
+        assert not faults, faults[0]
+        left = asyncio.all_tasks(self._loop)
+        assert not left, left
+
+    async def _exchange(self, data: bytes, dice: random.Random) -> None:
+        raise NotImplementedError
+
+
+class Unix(_Door):
+    """Raw bytes at the unix door: an acknowledgement for each message, in order, and no fault of ours."""
+
+    def __init__(self) -> None:
+        tracker = Tracker()
+        tracker.delivery = _Delivery()  # type: ignore[assignment]
+        super().__init__(tracker)
+        self._door = UnixDoor(self._service)
+
+    def samples(self) -> list[bytes]:
+        several = requests()
+        framed = [frame(message) for message in several]
+        ours = [frame(r) for r in several if r.endswith(b'"acomm":1}')]
+        ends = Request("waited_for", id="w", response_hook="unix:///tmp/x").encode(extended=True)
+        return [*framed, *several, b"".join(ours), ours[0] + frame(b"x") + frame(ends) + ours[1], frame(ends)]
+
+    async def _exchange(self, data: bytes, dice: random.Random) -> None:
+        conn = Connection(self._door.listener)
+        wire = _Wire(conn, {"socket": _Socket()})
+        conn.connection_made(wire)
+        pieces = _pieces(data, dice)
+        for piece in pieces:
+            if not wire.is_closing():
+                conn.data_received(piece)
+        await asyncio.sleep(0)
+        if not wire.is_closing():
+            conn.eof_received()
+        await _settled(wire)
+        wire.abort()
+        await asyncio.sleep(0)
+        self._check_acks(data, wire.written, whole=len(pieces) <= 1)
+        for grace in self._door._graces.values():
+            grace.cancel()
+        for caller in list(self._door._graces):
+            self._door._left(caller)
+        room = self._door.room
+        assert (len(room), room.used, len(self._service.callers), len(self._door.listener._open)) == (0,) * 4
+
+    def _check_acks(self, data: bytes, written: bytes, *, whole: bool) -> None:
+        framer, failed = Framer(self._service.config.max_frame), False
+        try:
+            messages = framer.receive(data)
+            if not framer.raw:
+                messages += framer.receive_eof()
+        except FrameTooLarge as error:
+            messages, failed = error.messages, True
+        except AcommError:
+            messages, failed = Framer(self._service.config.max_frame).receive(data), True
+        acks = Framer().receive(written)
+        assert b"".join(frame(ack) for ack in acks) == written, written
+        if framer.raw:
+            assert not acks, acks
+            return
+        ids = [Response.decode(ack).id for ack in acks]
+        due = [salvage(message)[0] for message in messages] + [""] * failed
+        assert ids == (due if whole else due[: len(ids)]), (ids, due)
+
+
+class Http(_Door):
+    """Raw bytes at the HTTP door: an answer or none, nothing that stays behind, and no fault of ours."""
+
+    def __init__(self) -> None:
+        super().__init__(Tracker())
+        self._door = Door(self._service)
+        self._loop.run_until_complete(self._start())
+        self._whole = frozenset(self.samples())
+
+    async def _start(self) -> None:
+        await self._service.tracker.start()
+        await self._door.start()
+        await self._door.pause()
+
+    def samples(self) -> list[bytes]:
+        json = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        body = Request("echo", [1], id="a", response_hook="unix:///tmp/x").encode(extended=True)
+        close = b"Host: localhost\r\nConnection: close\r\n"
+        posts = [(b"/", body), (b"/call/echo?timeout=5", b"[1]"), (b"/proxy?key=1", b"{}")]
+        gets = (b"/healthz", b"/readyz", b"/openapi.json", b"/stream?x=1")
+        made = [b"POST %b HTTP/1.1\r\n%b%b" % (path, close, json % (len(data), data)) for path, data in posts]
+        made += [b"GET %b HTTP/1.1\r\n%b\r\n" % (path, close) for path in gets]
+        chunked = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[1]\r\n0\r\n\r\n"
+        kept = made[1].replace(b"Connection: close\r\n", b"")
+        made += [b"POST /call/echo HTTP/1.1\r\n" + close + chunked, kept + kept + made[0]]
+        return [
+            *made,
+            b"HEAD" + made[3][3:],
+            made[1].replace(b"Content-L", b"Expect: 100-continue\r\nContent-L"),
+        ]
+
+    async def _exchange(self, data: bytes, dice: random.Random) -> None:
+        protocol = self._door._protocol()
+        wire = _Wire(protocol, {"peername": ("127.0.0.1", 9), "sockname": ("127.0.0.1", 8)})
+        protocol.connection_made(wire)
+        for piece in _pieces(data, dice):
+            if not wire.is_closing():
+                protocol.data_received(piece)
+                await asyncio.sleep(0)
+        await _settled(wire)
+        if not wire.is_closing():
+            protocol.eof_received()
+            wire.close()
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+            if wire.lost and not self._door.connections and len(asyncio.all_tasks()) == 1:
+                break
+        answer = wire.written
+        assert not answer or answer.startswith(b"HTTP/"), answer[:100]
+        assert answer or data not in self._whole, "no answer"
+        assert not any(self._door._reading.values()), self._door._reading
+        assert not self._door.connections
