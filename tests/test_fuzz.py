@@ -22,7 +22,7 @@ from fuzzing.guided import MISSING  # noqa: E402
 from fuzzing.targets import TARGETS  # noqa: E402
 
 FUZZ = ROOT / "scripts" / "fuzz"
-FRAMES = {"http": "1000", "unix": "1000"}
+FRAMES = {"http": "1000", "unix": "1000", "hooks": "1000"}
 
 
 @pytest.mark.process

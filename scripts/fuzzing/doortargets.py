@@ -1,9 +1,8 @@
-"""Both doors, each connection in memory: what the kernel would do between takes most of the time."""
+"""Both doors, which take connections of strangers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import struct
@@ -16,15 +15,13 @@ from acomm.framing import Framer, FrameTooLarge, frame
 from acomm.listener import Connection
 from acomm.messages import Request, Response, salvage
 from acomm.tracker import Tracker
+from fuzzing.connections import TURNS, Connected, Wire, pieces, settled
 from fuzzing.messagetargets import requests
 from workers.callers import Callers
 from workers.config import Config
 from workers.door import Door
 from workers.registry import Registry, task
 from workers.unixdoor import UnixDoor
-
-_TURNS = 12
-"""Turns of the event loop in which a connection has come to rest: a request takes four."""
 
 _OURSELVES = struct.pack("iII", os.getpid(), os.getuid(), os.getgid())
 
@@ -44,59 +41,6 @@ class _Socket:
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         return _OURSELVES
-
-
-class _Wire(asyncio.Transport):
-    """A connection whose peer takes all that is written at once."""
-
-    def __init__(self, protocol: asyncio.Protocol, about: dict[str, Any]) -> None:
-        super().__init__(about)
-        self.written = b""
-        self.lost = False
-        self._protocol = protocol
-        self._closing = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not self._closing:
-            self.written += data
-
-    def write_eof(self) -> None: ...
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def is_closing(self) -> bool:
-        return self._closing
-
-    def close(self) -> None:
-        if not self._closing:
-            self._closing = True
-            asyncio.get_running_loop().call_soon(self._lose)
-
-    abort = close
-
-    def _lose(self) -> None:
-        self.lost = True
-        self._protocol.connection_lost(None)
-
-
-async def _settled(wire: _Wire) -> None:
-    for _ in range(_TURNS):
-        if wire.lost:
-            return
-        await asyncio.sleep(0)
-
-
-def _pieces(data: bytes, dice: random.Random) -> list[bytes]:
-    cut = dice.randrange(len(data) + 1) if dice.random() < 0.25 else 0
-    return [piece for piece in (data[:cut], data[cut:]) if piece]
 
 
 class _Delivery:
@@ -145,30 +89,17 @@ class _Service:
         return None
 
 
-class _Door:
-    """What both have in common: a loop, a service, and what was logged as a fault of ours."""
+class _Door(Connected):
+    """What both have in common: a service."""
 
     def __init__(self, tracker: Any) -> None:
+        super().__init__()
         self._folder = tempfile.TemporaryDirectory()
-        self._loop = asyncio.new_event_loop()
         self._service = _Service(self._folder.name, tracker)
-        self._faults: list[str] = []
-        self._loop.set_exception_handler(lambda loop, context: self._faults.append(repr(context)))
-        handler = logging.Handler(logging.ERROR)
-        handler.emit = lambda record: self._faults.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-        for name in ("acomm", "asyncio", "aiohttp"):
-            logging.getLogger(name).addHandler(handler)
 
     def feed(self, data: bytes, dice: random.Random) -> None:
         self._service.dice = dice
-        self._loop.run_until_complete(self._exchange(data, dice))
-        faults, self._faults[:] = self._faults[:], []
-        assert not faults, faults[0]
-        left = asyncio.all_tasks(self._loop)
-        assert not left, left
-
-    async def _exchange(self, data: bytes, dice: random.Random) -> None:
-        raise NotImplementedError
+        super().feed(data, dice)
 
 
 class Unix(_Door):
@@ -187,21 +118,21 @@ class Unix(_Door):
         ends = Request("waited_for", id="w", response_hook="unix:///tmp/x").encode(extended=True)
         return [*framed, *several, b"".join(ours), ours[0] + frame(b"x") + frame(ends) + ours[1], frame(ends)]
 
-    async def _exchange(self, data: bytes, dice: random.Random) -> None:
+    async def exchange(self, data: bytes, dice: random.Random) -> None:
         conn = Connection(self._door.listener)
-        wire = _Wire(conn, {"socket": _Socket()})
+        wire = Wire(conn, {"socket": _Socket()})
         conn.connection_made(wire)
-        pieces = _pieces(data, dice)
-        for piece in pieces:
+        parts = pieces(data, dice)
+        for piece in parts:
             if not wire.is_closing():
                 conn.data_received(piece)
         await asyncio.sleep(0)
         if not wire.is_closing():
             conn.eof_received()
-        await _settled(wire)
+        await settled(wire)
         wire.abort()
         await asyncio.sleep(0)
-        self._check_acks(data, wire.written, whole=len(pieces) <= 1)
+        self._check_acks(data, wire.written, whole=len(parts) <= 1)
         for grace in self._door._graces.values():
             grace.cancel()
         for caller in list(self._door._graces):
@@ -235,7 +166,7 @@ class Http(_Door):
     def __init__(self) -> None:
         super().__init__(Tracker())
         self._door = Door(self._service)
-        self._loop.run_until_complete(self._start())
+        self.loop.run_until_complete(self._start())
         self._whole = frozenset(self.samples())
 
     async def _start(self) -> None:
@@ -260,19 +191,19 @@ class Http(_Door):
             made[1].replace(b"Content-L", b"Expect: 100-continue\r\nContent-L"),
         ]
 
-    async def _exchange(self, data: bytes, dice: random.Random) -> None:
+    async def exchange(self, data: bytes, dice: random.Random) -> None:
         protocol = self._door._protocol()
-        wire = _Wire(protocol, {"peername": ("127.0.0.1", 9), "sockname": ("127.0.0.1", 8)})
+        wire = Wire(protocol, {"peername": ("127.0.0.1", 9), "sockname": ("127.0.0.1", 8)})
         protocol.connection_made(wire)
-        for piece in _pieces(data, dice):
+        for piece in pieces(data, dice):
             if not wire.is_closing():
                 protocol.data_received(piece)
                 await asyncio.sleep(0)
-        await _settled(wire)
+        await settled(wire)
         if not wire.is_closing():
             protocol.eof_received()
             wire.close()
-        for _ in range(_TURNS):
+        for _ in range(TURNS):
             await asyncio.sleep(0)
             if wire.lost and not self._door.connections and len(asyncio.all_tasks()) == 1:
                 break

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from fuzzing.argumenttargets import Arguments
 from fuzzing.doortargets import Http, Unix
+from fuzzing.hooktargets import Hooks
 from fuzzing.messagetargets import Framing, Requests, Responses
 from fuzzing.workertargets import Answers, Slots
 
@@ -30,4 +31,5 @@ TARGETS: dict[str, type[Any]] = {
     "slots": Slots,
     "unix": Unix,
     "http": Http,
+    "hooks": Hooks,
 }
