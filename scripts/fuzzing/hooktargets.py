@@ -16,8 +16,8 @@ from fuzzing.connections import Connected, Wire, pieces
 
 _URL = "http://127.0.0.1:8080/hook?key=1"
 _PATIENCE = 0.05
-"""Seconds for an answer. Each one ends at once, but aiohttp waits on for the rest of a body whose chunks break in
-its second piece.
+"""Seconds for an answer. Each one ends at once, but aiohttp waits on for the rest of a body whose chunks
+break in its second piece.
 """
 _IN_TIME = "in time"
 
