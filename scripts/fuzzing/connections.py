@@ -11,6 +11,9 @@ TURNS = 12
 """Turns of the event loop in which a connection has come to rest: a request takes four."""
 
 
+_LOGGERS = ("acomm", "asyncio", "aiohttp")
+
+
 class Wire(asyncio.Transport):
     """A connection whose peer takes all that is written at once."""
 
@@ -70,10 +73,20 @@ class Connected:
         self.loop = asyncio.new_event_loop()
         self._faults: list[str] = []
         self.loop.set_exception_handler(lambda loop, context: self._faults.append(repr(context)))
-        handler = logging.Handler(logging.ERROR)
-        handler.emit = lambda record: self._faults.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-        for name in ("acomm", "asyncio", "aiohttp"):
-            logging.getLogger(name).addHandler(handler)
+        self._handler = logging.Handler(logging.ERROR)
+        self._handler.emit = lambda record: self._faults.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(self._handler)
+
+    def close(self) -> None:
+        """Leave nothing behind, for programs that go on."""
+        self.loop.run_until_complete(self.stop())
+        self.loop.close()
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(self._handler)
+
+    async def stop(self) -> None:
+        """Close what `exchange` uses."""
 
     def feed(self, data: bytes, dice: random.Random) -> None:
         self.loop.run_until_complete(self.exchange(data, dice))

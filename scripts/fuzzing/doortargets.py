@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import struct
 import tempfile
 from typing import Any
+
+import msgspec
 
 from acomm.accepted import Accepted
 from acomm.errors import AcommError, Busy
@@ -23,6 +26,8 @@ from workers.door import Door
 from workers.registry import Registry, task
 from workers.unixdoor import UnixDoor
 
+_HEAD = re.compile(rb"HTTP/[0-9]\.[0-9] ([0-9]{3}) [ -~]*\r\n(?:[A-Za-z-]+: [ -~]*\r\n)*\r\n")
+_LENGTH = re.compile(rb"\r\nContent-Length: ([0-9]+)\r\n")
 _OURSELVES = struct.pack("iII", os.getpid(), os.getuid(), os.getgid())
 
 
@@ -101,6 +106,9 @@ class _Door(Connected):
         self._service.dice = dice
         super().feed(data, dice)
 
+    async def stop(self) -> None:
+        self._folder.cleanup()
+
 
 class Unix(_Door):
     """Raw bytes at the unix door: an acknowledgement for each message, in order, and no fault of ours."""
@@ -174,6 +182,11 @@ class Http(_Door):
         await self._door.start()
         await self._door.pause()
 
+    async def stop(self) -> None:
+        await self._door.close(0)
+        await self._service.tracker.stop(0)
+        await super().stop()
+
     def samples(self) -> list[bytes]:
         json = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         body = Request("echo", [1], id="a", response_hook="unix:///tmp/x").encode(extended=True)
@@ -207,8 +220,26 @@ class Http(_Door):
             await asyncio.sleep(0)
             if wire.lost and not self._door.connections and len(asyncio.all_tasks()) == 1:
                 break
-        answer = wire.written
-        assert not answer or answer.startswith(b"HTTP/"), answer[:100]
-        assert answer or data not in self._whole, "no answer"
+        answers = _answers(wire.written) if b"HEAD" not in data else []
+        assert wire.written or data not in self._whole, "no answer"
+        for status, head, body in answers:
+            if status >= 400 and b"application/json" in head:
+                assert msgspec.json.decode(body)["error"], body
+            assert body, head
         assert not any(self._door._reading.values()), self._door._reading
         assert not self._door.connections
+
+
+def _answers(data: bytes) -> list[tuple[int, bytes, bytes]]:
+    """Status, head and body of each of the answers that `data` is made of."""
+    found = []
+    while data:
+        match = _HEAD.match(data)
+        assert match is not None, data[:200]
+        length = _LENGTH.search(match[0])
+        end = match.end() + int(length[1] if length is not None else 0)
+        assert end <= len(data), data
+        if match[1] != b"100":
+            found.append((int(match[1]), match[0], data[match.end() : end]))
+        data = data[end:]
+    return found

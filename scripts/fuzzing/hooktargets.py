@@ -67,6 +67,9 @@ class Hooks(Connected):
         await session.connector.close()
         self._connector = session._connector = _Connector()
 
+    async def stop(self) -> None:
+        await self._channels.close()
+
     def samples(self) -> list[bytes]:
         head = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         ok, refusal = ok_ack(b'""', 3, True), Response("", error=AcommError("no")).encode(3, extended=True)
