@@ -7,9 +7,12 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from workers.calls import Answer
 from workers.scoreboard import Scoreboard
@@ -20,6 +23,7 @@ sys.path.append(str(ROOT / "scripts"))
 from fuzzing.command import MOST_GROWTH, fuzz, run  # noqa: E402
 from fuzzing.guided import MISSING  # noqa: E402
 from fuzzing.targets import TARGETS  # noqa: E402
+from fuzzing.workertargets import Answers  # noqa: E402
 
 FUZZ = ROOT / "scripts" / "fuzz"
 FRAMES = {"http": "1000", "unix": "1000", "hooks": "1000"}
@@ -99,6 +103,29 @@ def test_a_target_is_guided_by_coverage(tmp_path: Path) -> None:
     assert "Instrumenting acomm.messages" in done.stderr
     assert "number_of_executed_units: 3000" in done.stderr
     assert not kept.exists()
+
+
+parts = (
+    st.none() | st.booleans() | st.sampled_from([0, 1, 2, 3, -1, 2**63, 2**64 - 1, 0.0, -0.0, 1e9, math.inf])
+)
+parts |= st.sampled_from(
+    [math.nan, b"", b"1", b"{", "", "task_error", "returned", "abandoned", "outgrown", "cancelled"]
+)
+parts |= st.text(max_size=4) | st.binary(max_size=4)
+failures = st.lists(parts, max_size=6) | st.tuples(
+    st.sampled_from(["task_error", "returned", "abandoned", "outgrown", "timeout", "no such"]),
+    *(st.text(max_size=3), st.none() | st.text(max_size=3), st.none() | st.text(max_size=3), st.booleans()),
+)
+answers = st.lists(parts, max_size=6) | st.tuples(
+    *(st.integers(0, 4), st.floats(0, 10), st.none() | st.binary(max_size=3)),
+    *(st.none() | failures, st.none() | st.sampled_from(["unix:///s", "", "http://h"])),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(answers, max_size=5) | parts | st.lists(parts, max_size=3))
+def test_whatever_a_worker_says_each_call_ends_once(message: Any) -> None:
+    Answers().feed(msgspec.msgpack.encode(message), random.Random(0))
 
 
 @pytest.mark.parametrize("seconds", [math.inf, -math.inf, -1.0, 1e300])
