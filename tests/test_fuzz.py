@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "scripts"))
 
 from fuzzing.command import MOST_GROWTH, fuzz, run  # noqa: E402
+from fuzzing.connections import Connected  # noqa: E402
 from fuzzing.guided import MISSING  # noqa: E402
-from fuzzing.targets import TARGETS  # noqa: E402
+from fuzzing.targets import TARGETS, kept  # noqa: E402
 from fuzzing.workertargets import Answers  # noqa: E402
 
 FUZZ = ROOT / "scripts" / "fuzz"
@@ -43,6 +44,18 @@ def test_nothing_comes_out_of_what_is_mutated(target: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 exceptions" in done.stdout
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if kept(name)])
+def test_what_failed_once_does_not_again(name: str) -> None:
+    target = TARGETS[name]()
+    try:
+        for path in kept(name):
+            for seed in range(20):
+                target.feed(path.read_bytes(), random.Random(seed))
+    finally:
+        if isinstance(target, Connected):
+            target.close()
 
 
 class Faulty:

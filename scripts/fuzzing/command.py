@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from fuzzing.mutation import mutated
-from fuzzing.targets import TARGETS, Target
+from fuzzing.targets import TARGETS, Target, begin
 
 MOST_GROWTH = 5_000_000
 """Bytes that a target may leave behind."""
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
 
 def fuzz(name: str, target: Target, frames: int, seconds: float, seed: int, keep: Path) -> bool:
     """Run one target; whether all went well."""
-    dice, samples = random.Random(seed), target.samples()
+    dice, samples = random.Random(seed), begin(name, target)
     process, failures, done = psutil.Process(), 0, 0
     began, first = time.monotonic(), process.memory_info().rss
     warm, passed = first, 0.0

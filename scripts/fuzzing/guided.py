@@ -27,8 +27,6 @@ _ROOM = 1024
 """MB of memory that the process may take; a tenth of it is ours."""
 
 _SCRIPTS = Path(__file__).resolve().parents[1]
-SEEDS = _SCRIPTS.parent / "tests" / "fuzzed"
-"""Inputs that were found, by target: a folder each."""
 
 MISSING = (
     "scripts/fuzz --guided needs atheris, which is not installed here: scripts/setup dev,fuzz installs it "
@@ -45,8 +43,8 @@ def guide(name: str, frames: int | None, minutes: float | None, seed: int, keep:
         return 2
     keep.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        begin = Path(folder, "begin")
-        begin.mkdir()
+        inputs = Path(folder, "inputs")
+        inputs.mkdir()
         words = Path(folder, "words")
         words.write_text("".join(f'"{_escaped(piece)}"\n' for piece in PIECES))
         limit = f"-runs={frames}" if frames is not None else f"-max_total_time={(minutes or 1) * 60:.0f}"
@@ -57,8 +55,7 @@ def guide(name: str, frames: int | None, minutes: float | None, seed: int, keep:
             "-print_final_stats=1",
             "-verbosity=0",
         ]
-        seeds = [str(SEEDS / name)] if (SEEDS / name).is_dir() else []
-        command = [sys.executable, "-m", "fuzzing.guided", name, *flags, str(begin), *seeds]
+        command = [sys.executable, "-m", "fuzzing.guided", name, *flags, str(inputs)]
         path = f"{_SCRIPTS.parent}{os.pathsep}{_SCRIPTS}"
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
     if not any(keep.iterdir()):
@@ -75,11 +72,10 @@ def main() -> None:
 
     name, flags = sys.argv[1], sys.argv[2:]
     with atheris.instrument_imports(include=["acomm", "workers"]):
-        from fuzzing.targets import TARGETS
+        from fuzzing.targets import TARGETS, begin
     target = TARGETS[name]()
-    begin = next(Path(flag) for flag in flags if not flag.startswith("-"))
-    for number, sample in enumerate(target.samples()):
-        (begin / str(number)).write_bytes(sample)
+    for number, sample in enumerate(begin(name, target)):
+        Path(flags[-1], str(number)).write_bytes(sample)
 
     def one(data: bytes) -> None:
         target.feed(data, random.Random(zlib.crc32(data)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any, Protocol
 
 from fuzzing.argumenttargets import Arguments
@@ -33,3 +34,15 @@ TARGETS: dict[str, type[Any]] = {
     "http": Http,
     "hooks": Hooks,
 }
+
+KEPT = Path(__file__).resolve().parents[2] / "tests" / "fuzzed"
+
+
+def kept(name: str) -> list[Path]:
+    """Inputs at which a target once failed, and some that mutations hardly come by."""
+    return sorted((KEPT / name).glob("*"))
+
+
+def begin(name: str, target: Target) -> list[bytes]:
+    """What a target is begun with: its samples, and what is kept of it."""
+    return target.samples() + [path.read_bytes() for path in kept(name)]
