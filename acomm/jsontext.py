@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -216,21 +216,27 @@ def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msg
 
 def _refuse_repeats(data: bytes, fields: dict[str, msgspec.Raw], once: frozenset[str], what: str) -> None:
     """Walk over the members of `data`, which is valid, and refuse a repeat of a name in `once`."""
-    end_of_value = _value_ends(data, what)
+    # The last value of a name is nearly always the only one, and then its length tells where it ends.
     last = {name: bytes(value) for name, value in fields.items()}
+    text = ""
     seen: set[str] = set()
-    count, position = 0, _skip(data, _skip(data, 0) + 1)
+    left, position = MAX_MEMBERS, _skip(data, _skip(data, 0) + 1)
     while (match := _name.match(data, position)) is not None:
-        count += 1
-        if count > MAX_MEMBERS:
+        if not left:
             raise _too_many(what)
+        left -= 1
         name = msgspec.json.decode(match[0], type=str)
         folded = name.casefold()
         if folded in seen and folded in once:
             raise BadRequest(f"{what} has the key {folded!r} twice")
         seen.add(folded)
         start = _skip(data, _skip(data, match.end()) + 1)
-        position = _skip(data, end_of_value(start, last[name]))
+        end = start + len(last[name])
+        if not data.startswith(last[name], start) or data[end] not in _AFTER_VALUE:
+            # Once a message, and a character a byte, so that places in it are places in `data`.
+            text = text or data.decode("latin-1")
+            end = _end_of_value(text, start, what)
+        position = _skip(data, end)
         if data[position : position + 1] == b",":
             position = _skip(data, position + 1)
 
@@ -239,29 +245,15 @@ def _too_many(what: str) -> BadRequest:
     return BadRequest(f"{what} has more than {MAX_MEMBERS} members")
 
 
-def _value_ends(data: bytes, what: str) -> Callable[[int, bytes], int]:
-    """A function that tells where the value at `start` of `data` ends. `last` is the last value of its name:
-    nearly always the only one, and then its length tells without looking inside.
-    """
-    text: str | None = None
+def _end_of_value(text: str, start: int, what: str) -> int:
+    """Where the value at `start` of valid JSON ends."""
+    from json import JSONDecoder
 
-    def end_of_value(start: int, last: bytes) -> int:
-        nonlocal text
-        end = start + len(last)
-        if data.startswith(last, start) and data[end] in _AFTER_VALUE:
-            return end
-        if text is None:
-            # Once a message: a character a byte, so that places in it are places in `data`.
-            text = data.decode("latin-1")
-        from json import JSONDecoder
-
-        # Only the end is wanted, so numbers are read in the cheapest way that cannot fail.
-        try:
-            return JSONDecoder(parse_int=float).raw_decode(text, start)[1]
-        except RecursionError:
-            raise BadRequest(f"{what}: nested too deeply") from None
-
-    return end_of_value
+    # Only the end is wanted, so numbers are read in the cheapest way that cannot fail.
+    try:
+        return JSONDecoder(parse_int=float).raw_decode(text, start)[1]
+    except RecursionError:
+        raise BadRequest(f"{what}: nested too deeply") from None
 
 
 def _skip(data: bytes, position: int) -> int:
