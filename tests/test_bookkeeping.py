@@ -15,7 +15,7 @@ from workers.callers import Callers
 from workers.recent import JUST_NOW, Recent
 
 UIDS = st.sampled_from([0, 1000, 1001])
-OFTEN = settings(max_examples=100, stateful_step_count=40, deadline=None)
+OFTEN = settings(max_examples=60, stateful_step_count=40)
 
 
 class RoomMachine(RuleBasedStateMachine):

@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 from fuzzing.doortargets import Http, Unix
 from fuzzing.hooktargets import Hooks
 
-OFTEN = settings(max_examples=300, deadline=None)
+OFTEN = settings(max_examples=300)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ answers = st.lists(parts, max_size=6) | st.tuples(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(answers, max_size=5) | parts | st.lists(parts, max_size=3))
 def test_whatever_a_worker_says_each_call_ends_once(message: Any) -> None:
     Answers().feed(msgspec.msgpack.encode(message), random.Random(0))
