@@ -90,6 +90,20 @@ def test_what_is_left_behind_is_a_failure_too(tmp_path: Path, monkeypatch: pytes
     assert not fuzz("leaking", Faulty(MOST_GROWTH // 1000), 3000, 100.0, 1, tmp_path)
 
 
+def test_one_that_is_interrupted_tells_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def feed(self: Faulty, data: bytes, dice: random.Random) -> None:
+        self.kept.append(data)
+        if len(self.kept) == 700:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Faulty, "feed", feed)
+    monkeypatch.setitem(TARGETS, "framing", Faulty)
+    assert run(["--target", "framing", "--frames", "5000", "--keep", str(tmp_path)]) == 130
+    assert " 700 frames " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments", [["--frames", "1", "--minutes", "1"], ["--guided", "http", "--total", "9"]]
 )

@@ -49,29 +49,36 @@ def run(arguments: list[str]) -> int:
     if given.total is not None:
         frames = -(-given.total // len(names))
     seconds = (given.minutes or 1e9) * 60
-    results = [fuzz(name, TARGETS[name](), frames, seconds, given.seed, given.keep) for name in names]
+    try:
+        results = [fuzz(name, TARGETS[name](), frames, seconds, given.seed, given.keep) for name in names]
+    except KeyboardInterrupt:
+        return 130
     return 0 if all(results) else 1
 
 
 def fuzz(name: str, target: Target, frames: int, seconds: float, seed: int, keep: Path) -> bool:
-    """Run one target; whether all went well."""
+    """Run one target; whether all went well. Ctrl-C ends it, and what was found is told all the same."""
     dice, samples = random.Random(seed), begin(name, target)
     process, failures, done = psutil.Process(), 0, 0
     began, first = time.monotonic(), process.memory_info().rss
     warm, passed = first, 0.0
-    while done < frames and passed < seconds:
-        for _ in range(min(_LOOK, frames - done)):
-            data = mutated(dice.choice(samples), samples, dice)
-            done += 1
-            try:
-                target.feed(data, dice)
-            except Exception:
-                failures += 1
-                if failures <= _TOLD:
-                    keep.mkdir(parents=True, exist_ok=True)
-                    kept = keep / f"{name}-{seed}-{done}"
-                    kept.write_bytes(data)
-                    print(f"{name}: {kept}\n{traceback.format_exc()}", flush=True)
+    interrupted = False
+    while done < frames and passed < seconds and not interrupted:
+        try:
+            for _ in range(min(_LOOK, frames - done)):
+                data = mutated(dice.choice(samples), samples, dice)
+                done += 1
+                try:
+                    target.feed(data, dice)
+                except Exception:
+                    failures += 1
+                    if failures <= _TOLD:
+                        keep.mkdir(parents=True, exist_ok=True)
+                        kept = keep / f"{name}-{seed}-{done}"
+                        kept.write_bytes(data)
+                        print(f"{name}: {kept}\n{traceback.format_exc()}", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
         passed = time.monotonic() - began
         if done <= _WARM or done <= frames // 10 or (frames == 2**62 and passed <= seconds / 10):
             warm = process.memory_info().rss
@@ -81,4 +88,6 @@ def fuzz(name: str, target: Target, frames: int, seconds: float, seed: int, keep
         f"memory {first / 1e6:.1f}, {warm / 1e6:.1f} warm, {last / 1e6:.1f} MB ({(last - warm) / 1e6:+.1f})",
         flush=True,
     )
+    if interrupted:
+        raise KeyboardInterrupt
     return not failures and last - warm < MOST_GROWTH
