@@ -31,8 +31,14 @@ _number_shapes = bytes(
 )
 _MANY_DIGITS = b"0" * 200
 _space = re.compile(rb"[ \t\r\n]*")
-_name = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+# Possessive: what could be gone back to would be kept, sixty bytes for each escape.
+_name = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 _AFTER_VALUE = frozenset(b",} \t\r\n")
+
+MAX_MEMBERS = 1000
+"""Of an object that is taken apart here. Messages have some ten; a frame has room for millions, and each of
+them costs some microseconds.
+"""
 
 INVALID = (msgspec.MsgspecError, UnicodeError, RecursionError, ValueError)
 """What decoding JSON from a stranger can raise."""
@@ -217,7 +223,7 @@ def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msg
     """The members of the JSON object `data`, undecoded, by name.
 
     Raises BadRequest for anything that is not one JSON object in UTF-8, and for a repeat (in any
-    case) of a name in `once`, which holds case-folded names.
+    case) of a name in `once`, which holds case-folded names, and for more than MAX_MEMBERS.
     """
     try:
         fields = _fields_decoder.decode(data)
@@ -225,6 +231,8 @@ def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msg
     except INVALID as error:
         reason = why_invalid(error, data)
         raise BadRequest(f"{what} is not a JSON object: {reason}") from None
+    if len(fields) > MAX_MEMBERS:
+        raise _too_many(what)
     # In compact JSON the members' lengths add up to the whole exactly when nothing was dropped and
     # no name has an escape: proof, for a microsecond, that no name is repeated.
     size = 1
@@ -237,36 +245,44 @@ def object_fields(data: bytes, once: frozenset[str], what: str) -> dict[str, msg
 
 def _refuse_repeats(data: bytes, fields: dict[str, msgspec.Raw], once: frozenset[str], what: str) -> None:
     """Walk over the members of `data`, which is valid, and refuse a repeat of a name in `once`."""
+    # The last value of a name is nearly always the only one, and then its length tells where it ends.
+    last = {name: bytes(value) for name, value in fields.items()}
+    text = ""
     seen: set[str] = set()
-    position = _skip(data, _skip(data, 0) + 1)
+    left, position = MAX_MEMBERS, _skip(data, _skip(data, 0) + 1)
     while (match := _name.match(data, position)) is not None:
+        if not left:
+            raise _too_many(what)
+        left -= 1
         name = msgspec.json.decode(match[0], type=str)
         folded = name.casefold()
         if folded in seen and folded in once:
             raise BadRequest(f"{what} has the key {folded!r} twice")
         seen.add(folded)
         start = _skip(data, _skip(data, match.end()) + 1)
-        position = _skip(data, _end_of_value(data, start, bytes(fields[name]), what))
+        end = start + len(last[name])
+        if not data.startswith(last[name], start) or data[end] not in _AFTER_VALUE:
+            # Once a message, and a character a byte, so that places in it are places in `data`.
+            text = text or data.decode("latin-1")
+            end = _end_of_value(text, start, what)
+        position = _skip(data, end)
         if data[position : position + 1] == b",":
             position = _skip(data, position + 1)
 
 
-def _end_of_value(data: bytes, start: int, last: bytes, what: str) -> int:
-    """Where the value at `start` ends. `last` is the last value of its name: nearly always the only
-    one, and then its length tells without looking inside.
-    """
-    end = start + len(last)
-    if data.startswith(last, start) and data[end] in _AFTER_VALUE:
-        return end
+def _too_many(what: str) -> BadRequest:
+    return BadRequest(f"{what} has more than {MAX_MEMBERS} members")
+
+
+def _end_of_value(text: str, start: int, what: str) -> int:
+    """Where the value at `start` of valid JSON ends."""
     from json import JSONDecoder
 
     # Only the end is wanted, so numbers are read in the cheapest way that cannot fail.
-    text = data[start:].decode()
     try:
-        _, length = JSONDecoder(parse_int=float).raw_decode(text)
+        return JSONDecoder(parse_int=float).raw_decode(text, start)[1]
     except RecursionError:
         raise BadRequest(f"{what}: nested too deeply") from None
-    return start + len(text[:length].encode("utf-8", "surrogatepass"))
 
 
 def _skip(data: bytes, position: int) -> int:

@@ -6,8 +6,9 @@ come and go with Go's versions and change their order, so they are read by name,
 missing one is empty.
 
 What Go dials for a unix URL is `RequestURI()`: `Opaque` as it stands, else the escaped path, with the
-query behind a question mark. Paths that Go would escape (spaces, `#`, non-ASCII) therefore cannot be
-reached through `Path`; we put those in `Opaque`, which Go leaves alone.
+query behind a question mark; `ForceQuery` is that mark with an empty query. Paths that Go would escape
+(spaces, `#`, non-ASCII) therefore cannot be reached through `Path`; we put those in `Opaque`, which Go
+leaves alone. A fragment does not travel: no client sends it.
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def encode(url: str | None) -> bytes:
     members["Path"] = decoded
     members["RawPath"] = "" if quote(decoded, safe=_go_path_safe) == parts.path else parts.path
     members["RawQuery"] = parts.query
+    members["ForceQuery"] = not parts.query and url.partition("#")[0].endswith("?")
     return msgspec.json.encode(members)
 
 
@@ -213,7 +215,7 @@ def _from_members(members: dict[str, Any], what: str) -> str:
         if value is not None:
             url[name] = value
     scheme = url["Scheme"].lower()
-    query = f"?{url['RawQuery']}" if url["RawQuery"] else ""
+    query = f"?{url['RawQuery']}" if url["RawQuery"] or url["ForceQuery"] else ""
     if scheme == "unix":
         # RawPath, where Go sets it, is the text that the listener's owner wrote.
         return unix_url((url["Opaque"] or url["RawPath"] or url["Path"]) + query)

@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 from leftovers import Leftovers
 from serving import Fifo
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # We are a shell's background job. Programs that tests start would inherit that, and not be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# How long an example takes is the machine's affair, which others may use.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 uvloop.new_event_loop().close()  # the first one makes what all share: nobody's leftovers

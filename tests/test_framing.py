@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acomm.errors import BadRequest, TooLarge
-from acomm.framing import DEFAULT_MAX_FRAME, LARGEST_MAX_FRAME, Framer, FrameTooLarge, frame
+from acomm.framing import DEFAULT_MAX_FRAME, HEADER, LARGEST_MAX_FRAME, Framer, FrameTooLarge, frame
 
 first_bytes_of_json = [b"{", b"[", b'"', b" ", b"\t", b"\r", b"\n"]
 
@@ -41,6 +41,62 @@ def test_random_messages_in_random_chunks(payloads: list[bytes], data: st.DataOb
         got += framer.receive(stream[:size])
         stream = stream[size:]
     assert got + framer.receive_eof() == payloads
+
+
+def reading(framer: Framer, pieces: list[bytes]) -> tuple[list[bytes], str]:
+    """The messages that come out of `pieces` and the end of the stream, and the error that ends it."""
+    found: list[bytes] = []
+    try:
+        for piece in pieces:
+            found += framer.receive(piece)
+            assert framer.pending <= framer.needs <= framer.max_frame + 4
+        found += framer.receive_eof()
+    except FrameTooLarge as error:
+        return found + error.messages, str(error)
+    except BadRequest as error:
+        return found, str(error)
+    finally:
+        assert not framer.partial or framer.raw is not None
+    return found, ""
+
+
+streams = st.lists(
+    st.binary(max_size=40).map(frame)  # the limit is 32
+    | st.integers(0, 2**32 - 1).map(HEADER.pack)
+    | st.binary(max_size=6)
+    | st.sampled_from([b"{", b'{"id":1}', b"\xff\xff\xff\xff", b"\x00\x00\x00\x20"]),
+    max_size=6,
+).map(b"".join)
+
+
+@given(streams, st.lists(st.integers(0, 300), max_size=6))
+def test_whatever_comes_means_the_same_however_it_is_cut(stream: bytes, cuts: list[int]) -> None:
+    at = sorted(min(cut, len(stream)) for cut in cuts)
+    pieces = [stream[a:b] for a, b in zip([0, *at], [*at, len(stream)], strict=True)]
+    whole = reading(Framer(32), [stream])
+    assert reading(Framer(32), pieces) == whole
+    assert reading(Framer(32), [stream[at : at + 1] for at in range(len(stream))]) == whole
+    assert all(len(message) <= 32 for message in whole[0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_message_in_many_pieces_is_looked_at_once(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at all that has come would make a message cost the square of its length."""
+    looked = 0
+    split = Framer._split
+
+    def counting(self: Framer, data: bytes) -> list[bytes]:
+        nonlocal looked
+        looked += len(data)
+        return split(self, data)
+
+    monkeypatch.setattr(Framer, "_split", counting)
+    messages = [b"x" * 100_000, b"", b"y", b"z" * 5000]
+    stream = b"".join(map(frame, messages))
+    framer = Framer()
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert [message for piece in pieces for message in framer.receive(piece)] == messages
+    assert looked < 1.1 * len(stream)
 
 
 def test_eof_inside_a_message_says_how_much_is_missing() -> None:

@@ -8,6 +8,8 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from acomm.errors import AddressInUse
 from workers.errors import ConfigError
@@ -188,11 +190,42 @@ class TestHosts:
         ("http://u:p@x", "credentials"),
         ("https://x?a=1", "without a query"),
         ("https://x#a", "without a query"),
+        ("https://x/?", "without a query"),
+        ("https://x/#", "without a query"),
     ],
 )
 def test_public_urls_that_are_none(url: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_public_url(url)
+
+
+@given(st.text(max_size=30) | st.text("htps:/[]@.?#x1%", max_size=30).map("http://{}".format))
+def test_whatever_is_given_as_a_setting_is_taken_or_refused_in_one_line(text: str) -> None:
+    for read in (Address.parse, check_public_url, lambda text: Hosts("127.0.0.1", [text], None)):
+        try:
+            read(text)
+        except ConfigError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+
+
+# aiohttp gives headers like this.
+headers = st.binary(max_size=30).map(lambda data: data.decode("utf-8", "surrogateescape"))
+like_ours = st.text("localhst.:@[]/ 8\u0130\u212a\uff0e\u2024", max_size=14)
+
+
+@given(headers | like_ours)
+def test_no_header_passes_but_by_our_names(text: str) -> None:
+    hosts = Hosts("10.1.2.3")
+    names = {"localhost", "127.0.0.1", "[::1]", "10.1.2.3"}
+    bare = re.sub(r"[.]*(:[0-9]{1,5})?\Z", "", text.lower()) if text.isascii() else text
+    assert hosts.allows(text) <= (bare in names)
+    assert is_address(text, "10.1.2.3") <= (bare == "10.1.2.3")
+    assert not Hosts.same_origin(text, "localhost") or text.lower() in (
+        "http://localhost",
+        "https://localhost",
+    )
+    assert not Token(GOOD).fits(text)
+    assert not Token(GOOD).fits(f"Bearer {text}")
 
 
 def test_a_public_url_has_no_slash_at_its_end() -> None:

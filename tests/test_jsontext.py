@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -108,6 +109,33 @@ def test_a_long_object_with_spaces_is_not_read_twice() -> None:
     args = json.dumps([{"a": i} for i in range(1000)])
     data = f'{{"id": "x", "args": {args}}}'.encode()
     assert keys(data)["args"] == args.encode()
+
+
+def test_an_object_has_no_more_members_than_anybody_needs() -> None:
+    """Each one costs time, and a frame has room for millions."""
+    most = jsontext.MAX_MEMBERS
+    for comma in (",", " , "):
+        assert len(keys("{" + comma.join(f'"{n}":1' for n in range(most)) + "}")) == most
+    repeats = '{"x":1' + ',"x":22' * most + "}"
+    for data in (repeats, "{" + ",".join(f'"{n}":1' for n in range(most + 1)) + "}"):
+        with pytest.raises(BadRequest, match=f"^request has more than {most} members$"):
+            keys(data)
+
+
+def test_repeats_cost_no_more_than_their_length() -> None:
+    """Looking for the end of each in all that follows would take a minute here."""
+    data = "{" + ",".join(f'"x":"{n:050000}"' for n in range(900)) + ',"x":1}'
+    assert keys(data) == {"x": b"1"}
+
+
+def test_a_name_of_nothing_but_escapes_takes_no_more_memory_than_it_is_long() -> None:
+    data = b'{ "' + b"\\n" * 300_000 + b'":1,"id":2}'
+    tracemalloc.start()
+    try:
+        assert keys(data)["id"] == b"2"
+        assert tracemalloc.get_traced_memory()[1] < 5 * len(data)
+    finally:
+        tracemalloc.stop()
 
 
 names = st.text(max_size=4) | st.sampled_from(["id", "ID", "args", "x"])

@@ -39,6 +39,9 @@ def decode(value: Any) -> str | None:
         ({"Scheme": "unix", "Opaque": "/p.sock"}, "unix:///p.sock"),
         ({"Scheme": "unix", "Opaque": "/o.sock", "Path": "/p.sock"}, "unix:///o.sock"),
         ({"Scheme": "unix", "Path": "/p.sock", "RawQuery": "a=1"}, "unix:///p.sock?a=1"),
+        ({"Scheme": "unix", "Path": "/p.sock", "ForceQuery": True}, "unix:///p.sock?"),
+        ({"Scheme": "http", "Host": "h", "Path": "/p", "ForceQuery": True}, "http://h/p?"),
+        ({"Scheme": "http", "Host": "h", "Path": "/p", "RawQuery": "a", "ForceQuery": True}, "http://h/p?a"),
         ({"Scheme": "unix", "Path": "/with space.sock"}, "unix:///with space.sock"),
         ({"Scheme": "unix", "Path": "/a/b", "RawPath": "/a%2Fb"}, "unix:///a%2Fb"),
         ({"Scheme": "unix", "Path": "/é#.sock"}, "unix:///é#.sock"),
@@ -150,6 +153,27 @@ def test_an_http_url_is_split_as_go_splits_it() -> None:
         "RawQuery": "x=1&y=%20",
     }
     assert json.loads(urls.encode("http://h/c%20d"))["RawPath"] == ""  # what Go makes of Path by itself
+
+
+@pytest.mark.parametrize(
+    ("url", "query", "forced", "again"),
+    [
+        ("http://h/p?", "", True, "http://h/p?"),
+        ("http://h?", "", True, "http://h?"),
+        ("http://h/p??", "?", False, "http://h/p??"),
+        ("http://h/p?#", "", True, "http://h/p?"),
+        ("http://h/p?#a?", "", True, "http://h/p?"),
+        ("http://h/p#?", "", False, "http://h/p"),
+        ("http://h/p#a?b", "", False, "http://h/p"),
+        ("http://h/p?a#b?", "a", False, "http://h/p?a"),
+    ],
+)
+def test_an_empty_query_travels_and_a_fragment_does_not(
+    url: str, query: str, forced: bool, again: str
+) -> None:
+    members = json.loads(urls.encode(url))
+    assert (members["RawQuery"], members["ForceQuery"], members["Fragment"]) == (query, forced, "")
+    assert decode(members) == again
 
 
 printable_text = st.text(min_size=1, max_size=30).filter(str.isprintable)

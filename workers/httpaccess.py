@@ -165,8 +165,8 @@ def check_public_url(url: str) -> str:
         urls.check(url, "http_url")
     except BadRequest as error:
         raise ConfigError(str(error)) from None
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+    # Even one that is empty: paths are put behind it.
+    if urlsplit(url).scheme not in ("http", "https") or "?" in url or "#" in url:
         raise ConfigError(f"http_url must be an http or https URL without a query, not {printable(url)}")
     return url.rstrip("/")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-_PIECES = (
+PIECES = (
     b'"id":"z",|"acomm":1|\\u0069|\\ud800|\xff|\xc3\xa9|null|true|1e999|-0|NaN|{|}|[|]|,|"|:|\\|99999999999999999999|'
     b"\x00\x00\x00\x00|\x00\x00\x00\x01|\xff\xff\xff\xff|\x09|\xcb\x7f\xf8\x00\x00\x00\x00\x00\x00|"
     b"\xcb\x7f\xf0\x00\x00\x00\x00\x00\x00|\xcb\xff\xf0\x00\x00\x00\x00\x00\x00|\xcf\xff\xff\xff\xff\xff\xff\xff\xff|"
@@ -24,9 +24,9 @@ def mutated(sample: bytes, samples: list[bytes], dice: random.Random) -> bytes:
     for _ in range(dice.randint(1, 4)):
         place, way = dice.randrange(len(data) + 1), dice.random()
         if way < 0.3:
-            data[place:place] = dice.choice(_PIECES)
+            data[place:place] = dice.choice(PIECES)
         elif way < 0.5:
-            piece = dice.choice(_PIECES)
+            piece = dice.choice(PIECES)
             data[place : place + len(piece)] = piece
         elif way < 0.7:
             data[place : place + dice.randint(1, 16)] = b""
