@@ -90,6 +90,7 @@ WORKERS = {
     "config": 1,
     "descriptors": 1,
     "httpaccess": 1,
+    "httpconnections": 2,
     "httpreplies": 1,
     "memorylimit": 1,
     "registry": 1,
@@ -156,6 +157,7 @@ ONLY_IN = {
         "acomm/streamreaders.py",
         "acomm/tracker.py",
         "workers/door.py",
+        "workers/httpconnections.py",
         "workers/httpreplies.py",
     },
 }

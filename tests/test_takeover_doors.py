@@ -25,7 +25,7 @@ PROVIDER = 50, "me"
 
 
 class Callers:
-    """Threads that never stop making calls: each `call(value)` runs the task `noted` with a value of its own."""
+    """Threads that never stop making calls: each `call(value)` has the task `noted` run with a new value."""
 
     def __init__(self, calls: list[Callable[[int], None]]) -> None:
         self.faults: list[BaseException] = []
@@ -145,7 +145,9 @@ def test_coordinators_always_find_a_provider(rounds: range, tmp_path: Path, give
             callers.more(30)
             for _ in range(TAKEOVERS * len(rounds)):
                 old = served
-                served = stack.enter_context(Served(tmp_path, "--takeover", *given, modules=("durabletasks",)))
+                served = stack.enter_context(
+                    Served(tmp_path, "--takeover", *given, modules=("durabletasks",))
+                )
                 callers.more(30)
                 assert old.wait() == 0
             callers.check(runs)

@@ -56,6 +56,7 @@ class Listening(Protocol):
     def fd(self) -> int: ...
     async def accept(self) -> None: ...
     async def pause(self) -> None: ...
+    def see_off(self) -> bool: ...
     def give_away(self) -> None: ...
 
 
@@ -154,7 +155,7 @@ class HandOver:
             async with asyncio.timeout(PATIENCE):
                 await self._line.expect("ready")
             if self._old.ids() is None:
-                await self._leave_to_journal(self._line, listeners)
+                await self._leave_to_journal(self._line, listeners, http)
             else:
                 self._going = True
                 await self._line.say("go")
@@ -174,7 +175,7 @@ class HandOver:
         if http is not None:
             http.give_away()
         if self._old.ids() is not None:
-            await self._see_off(listeners)
+            await self._see_off(listeners, http)
         log.info("another supervisor has taken over")
         self._old.depart()
 
@@ -206,7 +207,9 @@ class HandOver:
         elif self._line is not None:
             await self._refuse(self._line)
 
-    async def _leave_to_journal(self, line: Line, listeners: list[UnixListener]) -> None:
+    async def _leave_to_journal(
+        self, line: Line, listeners: list[UnixListener], http: Listening | None
+    ) -> None:
         """Raises EOFError when the new one ends before ours has begun to."""
         gone = asyncio.Event()
 
@@ -217,15 +220,15 @@ class HandOver:
 
         listening = asyncio.create_task(listen())
         try:
-            await self._see_off(listeners)
+            await self._see_off(listeners, http)
             if not await self._old.rest(gone):
                 raise EOFError("it has ended")
         finally:
             listening.cancel()
 
-    async def _see_off(self, listeners: list[UnixListener]) -> None:
+    async def _see_off(self, listeners: list[UnixListener], http: Listening | None) -> None:
         """Close kept connections, whose peers go to the new one, which knows by then what we have taken; and
-        wait a moment for what those say who have just connected.
+        wait a moment for what those say who have just connected. Callers over HTTP go with their answer.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + LATECOMERS
@@ -236,7 +239,9 @@ class HandOver:
             await self._tell_ids()
             for conn in held:
                 conn.close()
-            if not any(listener.connections for listener in listeners) or loop.time() > until:
+            callers = http is not None and http.see_off()
+            gone = not callers and not any(listener.connections for listener in listeners)
+            if gone or loop.time() > until:
                 return
             await asyncio.sleep(_LOOK)
 
