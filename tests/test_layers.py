@@ -113,6 +113,7 @@ WORKERS = {
     "streaming": 2,
     "template": 2,
     "takeover": 2,
+    "successor": 3,
     "verbs": 11,
     "coroutines": 3,
     "demo": 3,
