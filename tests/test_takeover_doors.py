@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, RemoteDisconnected
 from pathlib import Path
 
 import pytest
 from doors import JSON, ServedDoor
-from peers import WAIT, connected, frame, read_frame
-from serving import Hook, Served, request
+from peers import WAIT, connected, frame, read_all, read_frame
+from serving import Fifo, Hook, Served, request
 
 from workers.provider import socket_path
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.process
 
 TAKEOVERS = 3
 PROVIDER = 50, "me"
+RESTS = 0.5
+"""Seconds: about what a caller over HTTP may rest at a takeover without being closed."""
 
 
 class Callers:
@@ -101,10 +104,21 @@ def test_http_callers_are_not_refused(rounds: range, tmp_path: Path, given: tupl
             kept = HTTPConnection(served.host, served.port, timeout=WAIT)
             stack.callback(kept.close)
 
+            rested = time.monotonic()
+
             def call(value: int) -> None:  # the library connects anew when it was told of the end
-                kept.request("POST", "/call/noted", json.dumps([str(runs), value]).encode(), headers)
-                reply = kept.getresponse()
+                nonlocal rested
+                for _ in range(2):
+                    try:
+                        kept.request("POST", "/call/noted", json.dumps([str(runs), value]).encode(), headers)
+                        reply = kept.getresponse()
+                        break
+                    except (RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                        # Kept from the processor for so long that it was closed as one that rests.
+                        assert time.monotonic() - rested > RESTS
+                        kept.close()
                 body = reply.read()
+                rested = time.monotonic()
                 assert (reply.status, json.loads(body)) == (200, value), body
 
             return call
@@ -120,6 +134,28 @@ def test_http_callers_are_not_refused(rounds: range, tmp_path: Path, given: tupl
                 callers.more(30)
                 assert old.wait() == 0
             callers.check(runs)
+
+
+def test_callers_who_rest_do_not_hold_it_up(tmp_path: Path, started: Fifo, release: Fifo) -> None:
+    """One that has called before is closed; one that waits has its answer, and hears that it is the last."""
+    with ServedDoor(tmp_path) as old:
+        rests, waits = old.connect(), old.connect()
+        with rests, waits:
+            for sock, task, args in (rests, "add", [1]), (waits, "hold", [started.path, release.path]):
+                body = json.dumps(args).encode()
+                told = {**JSON, **old.headers(), "Host": "localhost", "Content-Length": len(body)}
+                head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+                sock.sendall(f"POST /call/{task} HTTP/1.1\r\n{head}\r\n".encode() + body)
+            assert rests.recv(4096).endswith(b"\r\n\r\n1")
+            started.read()
+            with ServedDoor(tmp_path, "--takeover") as new:
+                assert rests.recv(1) == b""
+                assert new.call("add", [1, 2]).json == 3
+                release.close()
+                answer = read_all(waits)
+                assert answer.startswith(b"HTTP/1.1 200 ")
+                assert b"Connection: close" in answer
+                assert old.wait() == 0
 
 
 def test_coordinators_always_find_a_provider(rounds: range, tmp_path: Path, given: tuple[str, ...]) -> None:

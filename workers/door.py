@@ -175,7 +175,7 @@ class Door:
         """
         self._leaving = True
         connections = () if self._server is None else self._server.connections
-        return httpconnections.see_off(connections, asyncio.get_running_loop().time())
+        return httpconnections.see_off(connections)
 
     def give_away(self) -> None:
         """The socket is another process's now; our connections go on."""

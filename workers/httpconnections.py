@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ from workers.errors import AcommError, BadRequest, printable
 
 log = logging.getLogger("acomm.door")
 
-QUIET = 1.0
-"""Seconds without a request after which a kept connection ends while callers are seen off. A caller at work
-asks again within them, and learns from the answer that he is to connect anew; one who rests finds it closed,
-as any server may do. With a journal nobody is served meanwhile, so it is not more.
+QUIET = 20
+"""Looks, moments apart, after which a kept connection that asks for nothing ends while callers are seen
+off. A caller at work asks again meanwhile, and learns from the answer that he is to connect anew; one who
+rests finds it closed, as any server may do. With a journal nobody is served meanwhile, so they are not
+more. They are no seconds, as what has come while this process stood still is read between two of them.
 """
 
 
@@ -25,12 +25,12 @@ class HttpConnection(web.RequestHandler):
     """aiohttp's side of a connection, except that what is not HTTP is refused in our form, and not logged as
     a fault of ours.
 
-    `asking` is whether a request of it is being answered; `rests_since` when its last one was, on the event
-    loop's clock, None before the first.
+    `asking` is whether a request of it is being answered, `asked` whether one was; `quiet` the looks since.
     """
 
     asking = False
-    rests_since: float | None = None
+    asked = False
+    quiet = 0
 
     def handle_error(
         self,
@@ -62,19 +62,21 @@ def asking(request: web.BaseRequest) -> Iterator[None]:
         yield
     finally:
         connection.asking = False
-        connection.rests_since = asyncio.get_running_loop().time()
+        connection.asked = True
+        connection.quiet = 0
 
 
-def see_off(connections: Iterable[web.RequestHandler], now: float) -> bool:
-    """Close those that rest. Whether some are left that have not asked for anything yet, or may yet again;
-    those that are being answered are not among them, as their answer ends them.
+def see_off(connections: Iterable[web.RequestHandler]) -> bool:
+    """A look: close those that rest. Whether some are left that have not asked for anything yet, or may yet
+    again; those that are being answered are not among them, as their answer ends them.
     """
     left = False
     for connection in list(connections):
         if not isinstance(connection, HttpConnection) or connection.asking:
             continue
-        if connection.rests_since is not None and now - connection.rests_since >= QUIET:
-            connection.close()
+        connection.quiet += connection.asked
+        if connection.quiet > QUIET:
+            connection.force_close()
         else:
             left = True
     return left
