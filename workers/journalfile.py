@@ -433,8 +433,8 @@ def _update_undelivered(count: int) -> str:
 
 
 def _time_of_day() -> Callable[[], float]:
-    """The time of day now, and from now on what has passed since: whoever sets the clock must not have the ids
-    of a moment ago forgotten.
+    """The time of day now, and from now on what has passed since: whoever sets the clock must not have ids
+    forgotten that are of a moment ago.
     """
     began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return lambda: began + time.clock_gettime(time.CLOCK_BOOTTIME)
