@@ -1,4 +1,4 @@
-"""Workers that take nothing any more, for which ZeroMQ would take calls without end, and lose them silently."""
+"""Workers that take nothing any more: ZeroMQ would take calls for them without end, and lose them unsaid."""
 
 from __future__ import annotations
 
