@@ -162,23 +162,26 @@ def test_at_any_moment(rounds: range, start: Start, tmp_path: Path, victim: str)
         assert served.stats()["pid"] == served.pid
 
 
-@pytest.mark.parametrize("step", ["said yes", "come"])
+@pytest.mark.parametrize("step", ["asked", "acknowledged", "said yes", "come"])
 def test_the_old_one_dies_before_it_has_given_anything(start: Start, tmp_path: Path, step: str) -> None:
     """Then nobody is there, and the new one serves."""
     asked: queue.Queue[dict[str, Any]] = queue.Queue()
 
-    def reply(message: dict[str, Any]) -> bytes:
+    def decide(message: dict[str, Any]) -> bytes | None:
         asked.put(message)
+        if message["task"] == "acomm.takeover" and step == "asked":
+            return None
         return ack(message["id"], acomm=1)
 
-    with GrantingPeer(tmp_path / "s.sock", reply):
+    with GrantingPeer(tmp_path / "s.sock", decide):
         new = start()
         while (message := asked.get(timeout=WAIT))["task"] != "acomm.takeover":
             pass  # a client says first that it is there
-        with connected(message["responseHook"]["Path"]) as hook:
-            answer = {"id": message["id"], "result": {"pid": 1}, "error": "", "streamURL": None}
-            hook.sendall(frame(json.dumps(answer).encode()))
-            read_frame(hook)
+        if step in ("said yes", "come"):
+            with connected(message["responseHook"]["Path"]) as hook:
+                answer = {"id": message["id"], "result": {"pid": 1}, "error": "", "streamURL": None}
+                hook.sendall(frame(json.dumps(answer).encode()))
+                read_frame(hook)
         if step == "come":
             with connected(message["args"][0]) as line:
                 line.sendall(b"\0\0")

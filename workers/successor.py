@@ -14,7 +14,7 @@ import msgspec
 
 from acomm import socketpath
 from acomm.client import connect
-from acomm.errors import Unreachable
+from acomm.errors import ConnectionLost
 from acomm.urls import unix_url
 from workers.errors import ConfigError
 from workers.takeover import FDS, GONE, LOOK, PATIENCE, SIZE, Ids, Line
@@ -111,8 +111,10 @@ async def ask(path: str, journal: str | None) -> Offer | None:
         async with connect(unix_url(path), wait=0) as client:
             try:
                 await client.submit("acomm.takeover", here.path, journal)
-            except Unreachable:
-                return None
+            except ConnectionLost as error:
+                if await _dies(path, within=_DEATH):
+                    return None
+                raise ConfigError(f"the live supervisor has not answered: {error}") from None
         sock = await _come(here.socket, path)
     finally:
         here.release()
@@ -126,7 +128,7 @@ async def ask(path: str, journal: str | None) -> Offer | None:
         sock.close()
         if process is not None:
             os.close(process)
-        if await _dies(path):
+        if await _dies(path, within=_DEATH):
             return None
         raise ConfigError(f"the live supervisor has not handed over: {error}") from None
     paths = head["paths"]
@@ -142,7 +144,7 @@ async def _come(here: socket.socket, path: str) -> socket.socket | None:
     try:
         async with asyncio.timeout(PATIENCE):
             while not (await asyncio.wait({coming}, timeout=_ALIVE))[0]:
-                if not socketpath.is_live(path):
+                if await _dies(path, within=0.0):
                     return None
         return coming.result()[0]
     except TimeoutError:
@@ -151,12 +153,14 @@ async def _come(here: socket.socket, path: str) -> socket.socket | None:
         coming.cancel()
 
 
-async def _dies(path: str) -> bool:
-    """Whether the supervisor at `path`, which has closed its end, is dead in a moment."""
-    for _ in range(round(_DEATH / LOOK)):
-        if not socketpath.is_live(path):
-            return True
+async def _dies(path: str, within: float) -> bool:
+    """Whether the supervisor at `path` is dead, or will be within so many seconds."""
+    for _ in range(1 + round(within / LOOK)):
+        alive = socketpath.is_live(path)
+        # Also when it is not: it may have other paths and its journal for a moment yet.
         await asyncio.sleep(LOOK)
+        if not alive:
+            return True
     return False
 
 
