@@ -168,6 +168,24 @@ def bind(path: str, mode: int = 0o600) -> BoundSocket:
         raise ConfigError(f"cannot listen at {printable(path)}: {error.strerror}") from None
 
 
+def is_live(path: str) -> bool:
+    """Whether a service has `path`: somebody listens there, or holds its lock yet, as one does that ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        if probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT):
+            return True
+    try:
+        lock = os.open(path + ".lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def adopt(path: str, mode: int, fds: tuple[int, int]) -> BoundSocket:
     """The listening socket at `path`, and its lock, that another process has given us: `BoundSocket.fds`."""
     sock = socket.socket(fileno=fds[0])

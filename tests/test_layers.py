@@ -101,6 +101,7 @@ WORKERS = {
     "config": 1,
     "descriptors": 1,
     "httpaccess": 1,
+    "httpconnections": 2,
     "httpreplies": 1,
     "memorylimit": 1,
     "registry": 2,
@@ -123,6 +124,7 @@ WORKERS = {
     "streaming": 2,
     "template": 2,
     "takeover": 2,
+    "successor": 3,
     "verbs": 11,
     "coroutines": 3,
     "demo": 3,
@@ -182,6 +184,7 @@ ONLY_IN = {
         "acomm/streamreaders.py",
         "acomm/tracker.py",
         "workers/door.py",
+        "workers/httpconnections.py",
         "workers/httpreplies.py",
     },
 }

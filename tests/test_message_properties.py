@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from acomm import messages
 from acomm.accepted import Accepted, read_accepted
-from acomm.channel import _ack_error
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest
 from acomm.messages import MAX_PRIORITY, Handlers, Request, Response, ok_ack, salvage, stored_ack
+from acomm.outgoing import ack_error
 
 characters = st.characters(exclude_categories=["Cs"])  # U+D800 to U+DFFF are none
 text = st.text(characters, max_size=12)
@@ -120,7 +120,7 @@ def test_an_error_comes_back_with_all_that_is_known_of_it(
 @given(labels, st.sampled_from([2, 3]), st.none() | st.builds(Accepted, st.integers(0, 2**40), st.none()))
 def test_an_acknowledgement_says_what_was_meant(id: str, wire: int, accepted: Accepted | None) -> None:
     ack = stored_ack(ok_ack(msgspec.json.encode(id), wire, True, accepted))
-    assert _ack_error(ack) == (True, None)
+    assert ack_error(ack) == (True, None)
     assert read_accepted(ack) == accepted
     assert plain(Response.decode(ack)) == plain(Response(id, extended=True))
 
@@ -238,7 +238,7 @@ def test_a_response_in_any_spelling_is_read_or_refused(data: bytes) -> None:
     found = read(Response.decode, data)
     assert found == generally(Response.decode, data)
     read_accepted(data)
-    granted, error = _ack_error(data)
+    granted, error = ack_error(data)
     if found is BadRequest:
         assert error is not None and not granted, "what cannot be read acknowledges nothing"
     else:

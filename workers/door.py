@@ -33,6 +33,7 @@ from acomm.messages import Request, Response
 from acomm.origin import Origin
 from acomm.streamproxy import pass_on
 from acomm.streamreaders import decline, open_stream
+from workers import httpconnections
 from workers import httpreplies as replies
 from workers.config import HTTP_CONNECTIONS
 from workers.errors import (
@@ -47,6 +48,7 @@ from workers.errors import (
     printable,
 )
 from workers.httpaccess import Address, Hosts, Token, check_public_url, is_address, is_loopback, listen
+from workers.httpconnections import HttpConnection
 from workers.offering import Resolve, Service
 from workers.openapi import STREAM_TYPES, describe
 from workers.registry import Registry
@@ -103,6 +105,7 @@ class Door:
         self._listening: asyncio.Server | None = None
         self._socket: socket.socket | None = None
         self._reading = {True: 0, False: 0}  # bytes, by whether their sender is trusted
+        self._leaving = False  # each answer ends its connection
         self._document: tuple[Registry, bytes] | None = None
 
     def __repr__(self) -> str:
@@ -157,6 +160,7 @@ class Door:
     async def accept(self) -> None:
         """Take connections, as `start` does, again after `pause`."""
         assert self._socket is not None
+        self._leaving = False
         loop = asyncio.get_running_loop()
         self._listening = await loop.create_server(self._protocol, sock=self._socket.dup())
 
@@ -165,6 +169,14 @@ class Door:
         listening, self._listening = self._listening, None
         if listening is not None:
             await stop_accepting(listening)
+
+    def see_off(self) -> bool:
+        """Have callers connect anew: from now on each answer ends its connection, and those end that rest.
+        Whether callers are left who may yet ask for something; look again in a moment.
+        """
+        self._leaving = True
+        connections = () if self._server is None else self._server.connections
+        return httpconnections.see_off(connections)
 
     def give_away(self) -> None:
         """The socket is another process's now; our connections go on."""
@@ -186,11 +198,25 @@ class Door:
         assert self._server is not None
         if len(self._server.connections) >= HTTP_CONNECTIONS:
             return replies.Full()
-        return _Protocol(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
+        return HttpConnection(self._server, loop=asyncio.get_running_loop(), **_CONNECTION)
 
     # -- the gate -----------------------------------------------------------------------------------
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        with httpconnections.asking(request):
+            response = await self._answer(request)
+        if self._leaving:
+            self._last_of(request, response)
+        return response
+
+    @staticmethod
+    def _last_of(request: web.BaseRequest, response: web.StreamResponse) -> None:
+        if response.prepared:
+            request.protocol.close()  # what has begun could not say so
+        else:
+            response.force_close()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
         try:
             route, task = self._route(request.method, path)
@@ -257,7 +283,7 @@ class Door:
         if refusal is not None:
             return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
         ack = ok_ack(msgspec.json.encode(message.id), message.wire, message.extended, accepted)
-        return replies.answer(request, ack)
+        return replies.answer(request, ack, last=self._leaving)
 
     async def _call(self, request: web.BaseRequest, trusted: bool, task: str) -> web.StreamResponse:
         """A call whose caller waits here. One who leaves stops it only if the task says so: it may have been
@@ -297,7 +323,7 @@ class Door:
         if response.stream_url is not None:
             return await self._piped(request, response)
         body = b"null" if response.result is None else jsontext.encode(response.result, "the result")
-        return replies.answer(request, body)
+        return replies.answer(request, body, last=self._leaving)
 
     async def _offer(
         self,
@@ -342,7 +368,7 @@ class Door:
         data = await self._json_body(request, trusted)
         key = request.query.get("key", "")
         ack = self._service.tracker.handle_external(data, _peer_address(request), key)
-        return replies.answer(request, ack)
+        return replies.answer(request, ack, last=self._leaving)
 
     async def _health(self, request: web.BaseRequest, trusted: bool, _: str) -> web.StreamResponse:
         return web.Response(body=b"ok\n", headers=replies.TEXT)
@@ -422,31 +448,6 @@ class Door:
         limit = self._service.config.max_frame
         if size > limit:
             raise TooLarge(f"the body has {size} bytes or more, the limit is {limit}")
-
-
-class _Protocol(web.RequestHandler):
-    """aiohttp's side of a connection, except that what is not HTTP is refused in our form, and not logged as
-    a fault of ours.
-    """
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer was under way already")
-        if status < 500:
-            reason = printable((message or "").strip().partition("\n")[0])
-            log.debug("not HTTP, from %s: %s", request.remote, reason)
-            response = replies.refusal(BadRequest(f"this is not valid HTTP: {reason}"))
-        else:
-            log.error("an HTTP request could not be answered", exc_info=exc)
-            response = replies.refusal(AcommError("the supervisor failed at this request; its log tells why"))
-        response.force_close()
-        return response
 
 
 def _needs_token(address: Address) -> ConfigError:

@@ -129,13 +129,14 @@ def _date(now: int) -> bytes:
     return formatdate(now, usegmt=True).encode()
 
 
-def answer(request: web.BaseRequest, body: bytes) -> web.StreamResponse:
-    """The answer to a request that went well."""
+def answer(request: web.BaseRequest, body: bytes, *, last: bool) -> web.StreamResponse:
+    """The answer to a request that went well. `last`: the connection ends with it, so its caller is told."""
     transport = request.transport
     if (
         len(body) <= _SMALL
         and request.version == HttpVersion11
         and request.keep_alive
+        and not last
         and transport is not None
         # One who sends and does not read is waited for, which aiohttp's way does.
         and transport.get_write_buffer_size() == 0

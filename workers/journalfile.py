@@ -149,13 +149,13 @@ class Batch:
 class JournalFile:
     """The open file. `epoch` is how often it has been opened, `last` its highest row then."""
 
-    def __init__(self, path: str, *, full: bool = True, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, *, full: bool = True, wall: Callable[[], float] | None = None) -> None:
         """Open or make the file at `path`, for us alone. `full`: a commit survives the loss of power, else
         only that of the process. Raises ConfigError, which says how to go on, for a file that is not ours,
         newer, damaged, in use, or on another host.
         """
         self.path = os.path.abspath(path)
-        self._wall = wall
+        self._wall = wall or _time_of_day()
         check_folder(os.path.dirname(self.path))
         _check_local(self.path)
         self._lock = _lock(self.path)
@@ -447,6 +447,14 @@ def _update_undelivered(count: int) -> str:
         "UPDATE requests SET state = 3, ended = ?, code = coalesce(code, 'undelivered') "
         f"WHERE seq IN ({','.join('?' * count)})"
     )
+
+
+def _time_of_day() -> Callable[[], float]:
+    """The time of day now, and from now on what has passed since: whoever sets the clock must not have ids
+    forgotten that are of a moment ago.
+    """
+    began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return lambda: began + time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _lock(path: str) -> int:

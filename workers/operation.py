@@ -14,7 +14,7 @@ from acomm.errors import AcommError
 from acomm.tracker import Tracker
 from acomm.tracking import HANDLER_WAIT
 from workers import service as process
-from workers import takeover
+from workers import successor, takeover
 from workers.config import Config
 from workers.errors import BadRequest, Conflict, ShuttingDown, printable
 from workers.pool import Pool
@@ -187,16 +187,16 @@ class Operation:
 
     # -- we take ------------------------------------------------------------------------------------
 
-    async def take_over(self) -> takeover.Offer | None:
+    async def take_over(self) -> successor.Offer | None:
         """Have the sockets of the supervisor that is there, if one is."""
         config = self._service.config
-        offer = await takeover.ask(config.socket, config.journal)
+        offer = await successor.ask(config.socket, config.journal)
         if offer is not None:
             await offer.agreed()
             self._adopt(offer)
         return offer
 
-    def _adopt(self, offer: takeover.Offer) -> None:
+    def _adopt(self, offer: successor.Offer) -> None:
         ours = {os.path.abspath(listener.addr): listener for listener in self._service.unix.listeners()}
         for path, fds in offer.unix.items():
             if path in ours:
@@ -216,7 +216,7 @@ class Operation:
         if self._service.door is not None:
             self._service.door.give_away()
 
-    def follow(self, offer: takeover.Offer) -> None:
+    def follow(self, offer: successor.Offer) -> None:
         """We serve: learn what the one before us has taken, until it is done."""
         errands = self._service.errands
         following = asyncio.get_running_loop().create_task(offer.follow(_Ids(self._service.recent)))

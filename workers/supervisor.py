@@ -31,7 +31,7 @@ from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.tracker import Tracker
 from acomm.urls import unix_path, unix_url
-from workers import service, takeover
+from workers import service, successor
 from workers.admission import Admission
 from workers.callers import Callers
 from workers.calls import Call, Outcome, StreamPlace
@@ -201,7 +201,7 @@ class Supervisor:
         except BaseException:
             await self._close_journal()
             raise
-        offer: takeover.Offer | None = None
+        offer: successor.Offer | None = None
         try:
             await self._workers_ready()
             await self.tracker.start()

@@ -10,12 +10,12 @@
     bye                             <------  all that it had accepted is done
 
 If the new one ends before it serves, the old one goes on. If the old one dies on the way, what it had is
-the new one's: nobody else has the sockets.
+the new one's: nobody else has the sockets. Here is what both have in common, and the old one's side;
+`workers.successor` is the new one's.
 """
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import logging
@@ -23,16 +23,13 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from acomm import socketpath
-from acomm.client import connect
-from acomm.errors import AcommError, BadArgs, Conflict, Forbidden, Unreachable
+from acomm.errors import AcommError, BadArgs, Conflict, Forbidden
 from acomm.listener import UnixListener
-from acomm.urls import unix_url
-from workers.errors import ConfigError, printable
+from workers.errors import printable
 
 log = logging.getLogger("acomm.supervisor")
 
@@ -42,11 +39,11 @@ PATIENCE = 30.0
 LATECOMERS = 5.0
 """Seconds for peers that have connected to the old one to say what they want."""
 
-_LOOK = 0.05  # seconds between looks whether they have
-_FDS = 200  # descriptors in one message; the kernel takes 253
-_SIZE = struct.Struct(">I")
+LOOK = 0.05  # seconds between looks whether they have
+FDS = 200  # descriptors in one message; the kernel takes 253
+SIZE = struct.Struct(">I")
 _LIMIT = 64 * 1024 * 1024  # bytes of a line
-_GONE = (OSError, EOFError, TimeoutError, msgspec.DecodeError)
+GONE = (OSError, EOFError, TimeoutError, msgspec.DecodeError)
 
 
 class Listening(Protocol):
@@ -56,6 +53,7 @@ class Listening(Protocol):
     def fd(self) -> int: ...
     async def accept(self) -> None: ...
     async def pause(self) -> None: ...
+    def see_off(self) -> bool: ...
     def give_away(self) -> None: ...
 
 
@@ -154,7 +152,7 @@ class HandOver:
             async with asyncio.timeout(PATIENCE):
                 await self._line.expect("ready")
             if self._old.ids() is None:
-                await self._leave_to_journal(self._line, listeners)
+                await self._leave_to_journal(self._line, listeners, http)
             else:
                 self._going = True
                 await self._line.say("go")
@@ -164,7 +162,7 @@ class HandOver:
             log.error(
                 "the supervisor that was to take over has not: %s; going on",
                 printable(error),
-                exc_info=None if isinstance(error, _GONE) else error,
+                exc_info=None if isinstance(error, GONE) else error,
             )
             await self._go_on(sock, listeners, http)
             return
@@ -174,7 +172,7 @@ class HandOver:
         if http is not None:
             http.give_away()
         if self._old.ids() is not None:
-            await self._see_off(listeners)
+            await self._see_off(listeners, http)
         log.info("another supervisor has taken over")
         self._old.depart()
 
@@ -206,39 +204,43 @@ class HandOver:
         elif self._line is not None:
             await self._refuse(self._line)
 
-    async def _leave_to_journal(self, line: Line, listeners: list[UnixListener]) -> None:
+    async def _leave_to_journal(
+        self, line: Line, listeners: list[UnixListener], http: Listening | None
+    ) -> None:
         """Raises EOFError when the new one ends before ours has begun to."""
         gone = asyncio.Event()
 
         async def listen() -> None:
-            with contextlib.suppress(*_GONE):
+            with contextlib.suppress(*GONE):
                 await line.hear()
             gone.set()
 
         listening = asyncio.create_task(listen())
         try:
-            await self._see_off(listeners)
+            await self._see_off(listeners, http)
             if not await self._old.rest(gone):
                 raise EOFError("it has ended")
         finally:
             listening.cancel()
 
-    async def _see_off(self, listeners: list[UnixListener]) -> None:
+    async def _see_off(self, listeners: list[UnixListener], http: Listening | None) -> None:
         """Close kept connections, whose peers go to the new one, which knows by then what we have taken; and
-        wait a moment for what those say who have just connected.
+        wait a moment for what those say who have just connected. Callers over HTTP go with their answer.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + LATECOMERS
         while True:
             held = [conn for listener in listeners for conn in listener.hold()]
             while any(conn.owed > 0 and not conn.closed for conn in held) and loop.time() < until:  # noqa: ASYNC110
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(LOOK)
             await self._tell_ids()
             for conn in held:
                 conn.close()
-            if not any(listener.connections for listener in listeners) or loop.time() > until:
+            callers = http is not None and http.see_off()
+            gone = not callers and not any(listener.connections for listener in listeners)
+            if gone or loop.time() > until:
                 return
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(LOOK)
 
     async def _tell_ids(self) -> None:
         ids = self._old.ids()
@@ -250,7 +252,7 @@ class HandOver:
             await self._line.say("known", new)
             async with asyncio.timeout(PATIENCE):
                 await self._line.expect("known")
-        except _GONE as error:
+        except GONE as error:
             log.error("the supervisor that has taken over does not answer: %s", error)
             self._line = None
 
@@ -294,116 +296,6 @@ def _call(path: str) -> socket.socket:
 
 
 def _give(sock: socket.socket, head: bytes, fds: list[int]) -> None:
-    sock.sendall(_SIZE.pack(len(head)) + head)
-    for start in range(0, len(fds), _FDS):
-        socket.send_fds(sock, [b"f"], fds[start : start + _FDS])
-
-
-class Offer(NamedTuple):
-    """What the old one gives: its unix sockets by their paths, and its HTTP socket."""
-
-    line: Line
-    pid: int
-    unix: dict[str, tuple[int, int]]
-    http: int | None
-
-    async def agreed(self) -> None:
-        """Say that we are ready, and wait until the sockets are ours. Raises ConfigError when they are not
-        to be: the old one keeps them then.
-        """
-        try:
-            await self.line.say("ready")
-            said, _ = await self.line.hear()
-        except (OSError, EOFError):
-            log.warning("the supervisor %d died while it handed over", self.pid)
-            return
-        if said == "no":
-            self.refuse()
-            raise ConfigError(f"the live supervisor {self.pid} has not handed over; its log tells why")
-
-    def refuse(self) -> None:
-        """Leave the sockets to the old one."""
-        self.line.close()
-        for pair in self.unix.values():
-            for fd in pair:
-                os.close(fd)
-        self.unix.clear()
-        if self.http is not None:
-            os.close(self.http)
-
-    async def follow(self, ids: Ids) -> None:
-        """We serve: learn from the old one what it has taken, until it is done."""
-        done = False
-        try:
-            await self.line.say("serving")
-            while True:
-                said, value = await self.line.hear()
-                if said == "bye":
-                    done = True
-                    break
-                if said == "known":
-                    ids.inherit((id, bytes.fromhex(digest)) for id, digest in value)
-                    await self.line.say("known")
-        except (OSError, EOFError):
-            log.info("the supervisor %d has ended", self.pid)
-        ids.inheritance_ended(done)
-        self.line.close()
-
-
-async def ask(path: str, journal: str | None) -> Offer | None:
-    """Ask the supervisor at `path` for its sockets; None if there is none. Raises its refusal."""
-    path = _absolute(path)
-    here = socketpath.bind(socketpath.private_path("takeover", os.path.dirname(path)))
-    try:
-        async with connect(unix_url(path), wait=0) as client:
-            try:
-                await client.submit("acomm.takeover", here.path, journal)
-            except Unreachable:
-                return None
-        async with asyncio.timeout(PATIENCE):
-            sock, _ = await asyncio.get_running_loop().sock_accept(here.socket)
-    except TimeoutError:
-        raise ConfigError("the live supervisor does not hand over") from None
-    finally:
-        here.release()
-    try:
-        head, fds = await asyncio.to_thread(_take, sock)
-        line = await Line.over(sock)
-    except (*_GONE, KeyError) as error:
-        sock.close()
-        raise ConfigError(f"the live supervisor has not handed over: {error}") from None
-    paths = head["paths"]
-    pairs = {path: (fds[2 * index], fds[2 * index + 1]) for index, path in enumerate(paths)}
-    return Offer(line, head["pid"], pairs, fds[-1] if head["http"] else None)
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(path)
-
-
-def _take(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    sock.settimeout(PATIENCE)
-    (size,) = _SIZE.unpack(_exactly(sock, _SIZE.size))
-    head = msgspec.json.decode(_exactly(sock, size))
-    wanted = 2 * len(head["paths"]) + bool(head["http"])
-    fds: list[int] = []
-    while len(fds) < wanted:
-        data, ancillary, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(4 * _FDS), socket.MSG_CMSG_CLOEXEC)
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                found = array.array("i")
-                found.frombytes(content[: len(content) - len(content) % found.itemsize])
-                fds += found
-        if not data:
-            raise EOFError("it has ended")
-    return head, fds
-
-
-def _exactly(sock: socket.socket, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        more = sock.recv(size - len(data))
-        if not more:
-            raise EOFError("it has ended")
-        data += more
-    return bytes(data)
+    sock.sendall(SIZE.pack(len(head)) + head)
+    for start in range(0, len(fds), FDS):
+        socket.send_fds(sock, [b"f"], fds[start : start + FDS])

@@ -30,11 +30,12 @@ import psutil
 import uvloop
 
 from acomm import Request
-from acomm.channel import Channels, Outgoing
+from acomm.acks import ok_ack
+from acomm.channel import Channels
 from acomm.errors import AcommError
 from acomm.listener import Connection, UnixListener
-from acomm.messages import ok_ack
 from acomm.origin import Origin
+from acomm.outgoing import Outgoing
 from acomm.urls import unix_url
 from benchmarks.harness import percentiles
 from workers.journalfile import Batch, Entry, JournalFile

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from acomm.acks import ok_ack
-from acomm.channel import Channels, Outgoing
+from acomm.channel import Channels
 from acomm.errors import AcommError, ConnectionLost
 from acomm.listener import Connection, UnixListener
 from acomm.messages import Request
+from acomm.outgoing import Outgoing
 from acomm.urls import unix_url
 from chaoslib.history import outcome
 from chaoslib.peer import ACK_TIMEOUT, Ask, Command, Given, NoAck, Refused, Sender, commands

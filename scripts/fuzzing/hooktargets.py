@@ -9,9 +9,11 @@ from typing import Any
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 
-from acomm.channel import Channels, Outgoing
+from acomm.acks import ok_ack
+from acomm.channel import Channels
 from acomm.errors import AcommError, ConnectionLost
-from acomm.messages import Response, ok_ack
+from acomm.messages import Response
+from acomm.outgoing import Outgoing
 from fuzzing.connections import Connected, Wire, pieces
 
 _URL = "http://127.0.0.1:8080/hook?key=1"

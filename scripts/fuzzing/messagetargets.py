@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from acomm import messages
-from acomm.channel import _ack_error
+from acomm.acks import ok_ack, salvage
 from acomm.errors import AcommError
 from acomm.framing import Framer, FrameTooLarge, frame
-from acomm.messages import Request, Response, ok_ack, salvage
+from acomm.messages import Request, Response
+from acomm.outgoing import ack_error
 
 _MAX_FRAME = 4096
 
@@ -77,7 +78,7 @@ class _Messages:
         assert quick == general, (quick, general)
         if not isinstance(quick, dict):
             salvage(data, raw=dice.random() < 0.2)
-            _ack_error(data)
+            ack_error(data)
             return
         message = self.decoded.decode(data)
         for wire in (1, 2, 3):

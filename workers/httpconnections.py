@@ -1,0 +1,82 @@
+"""Connections of the HTTP door, and how their callers are sent to another process without a refusal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from workers import httpreplies as replies
+from workers.errors import AcommError, BadRequest, printable
+
+log = logging.getLogger("acomm.door")
+
+QUIET = 20
+"""Looks, moments apart, after which a kept connection that asks for nothing ends while callers are seen
+off. A caller at work asks again meanwhile, and learns from the answer that he is to connect anew; one who
+rests finds it closed, as any server may do. With a journal nobody is served meanwhile, so they are not
+more. They are no seconds, as what has come while this process stood still is read between two of them.
+"""
+
+
+class HttpConnection(web.RequestHandler):
+    """aiohttp's side of a connection, except that what is not HTTP is refused in our form, and not logged as
+    a fault of ours.
+
+    `asking` is whether a request of it is being answered, `asked` whether one was; `quiet` the looks since.
+    """
+
+    asking = False
+    asked = False
+    quiet = 0
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was under way already")
+        if status < 500:
+            reason = printable((message or "").strip().partition("\n")[0])
+            log.debug("not HTTP, from %s: %s", request.remote, reason)
+            response = replies.refusal(BadRequest(f"this is not valid HTTP: {reason}"))
+        else:
+            log.error("an HTTP request could not be answered", exc_info=exc)
+            response = replies.refusal(AcommError("the supervisor failed at this request; its log tells why"))
+        response.force_close()
+        return response
+
+
+@contextmanager
+def asking(request: web.BaseRequest) -> Iterator[None]:
+    """Within, the request is being answered."""
+    connection = request.protocol
+    assert isinstance(connection, HttpConnection)
+    connection.asking = True
+    try:
+        yield
+    finally:
+        connection.asking = False
+        connection.asked = True
+        connection.quiet = 0
+
+
+def see_off(connections: Iterable[web.RequestHandler]) -> bool:
+    """A look: close those that rest. Whether some are left that have not asked for anything yet, or may yet
+    again; those that are being answered are not among them, as their answer ends them.
+    """
+    left = False
+    for connection in list(connections):
+        if not isinstance(connection, HttpConnection) or connection.asking:
+            continue
+        connection.quiet += connection.asked
+        if connection.quiet > QUIET:
+            connection.force_close()
+        else:
+            left = True
+    return left
