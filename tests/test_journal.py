@@ -16,6 +16,7 @@ from workers import journal as module
 from workers.errors import AcommError
 from workers.journal import MAX_BATCH, Journal
 from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
+from workers.stored import StoredRequests
 
 WAIT = 20.0
 
@@ -31,8 +32,9 @@ class Faulty(JournalFile):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.faults: list[sqlite3.Error | None] = []
+        self.faults: list[Exception | None] = []
         self.gate: threading.Event | None = None
+        self.writing = threading.Event()
         self.sizes: list[tuple[int, int, int]] = []
         self.brought_in = threading.Event()
 
@@ -40,7 +42,11 @@ class Faulty(JournalFile):
         super().checkpoint()
         self.brought_in.set()
 
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self.writing.wait, WAIT)
+
     def write(self, batch: Batch) -> dict[int, Row]:
+        self.writing.set()
         if self.gate is not None:
             assert self.gate.wait(WAIT)
         if self.faults and (fault := self.faults.pop(0)) is not None:
@@ -200,6 +206,45 @@ async def test_a_question_that_fails_says_so(kit: Kit) -> None:
         await kit.journal.ask(ask)
     kit.accept("a")
     await kit.told.until(1)
+
+
+class TestQuestionsToABrokenOne:
+    """Its thread has ended, and whoever waited for that would never stop."""
+
+    async def test_during_the_write_that_breaks_it(self, kit: Kit) -> None:
+        kit.file.gate = threading.Event()
+        kit.file.faults = [error(sqlite3.SQLITE_IOERR_FSYNC)]
+        kit.accept("a")
+        await kit.file.entered()
+        asking = asyncio.ensure_future(kit.journal.ask(kit.file.find, "a"))
+        await asyncio.sleep(0)
+        kit.file.gate.set()
+        with pytest.raises(sqlite3.Error, match="the journal has failed"):
+            await asyncio.wait_for(asking, WAIT)
+
+    async def test_afterwards(self, kit: Kit) -> None:
+        kit.file.faults = [error(sqlite3.SQLITE_IOERR_FSYNC)]
+        kit.accept("a")
+        await kit.told.until(2)
+        with pytest.raises(sqlite3.Error, match="the journal has failed"):
+            await asyncio.wait_for(kit.journal.ask(kit.file.find, "a"), WAIT)
+        with pytest.raises(AcommError) as caught:
+            await asyncio.wait_for(StoredRequests(kit.journal).undone(["a"]), WAIT)
+        assert caught.value.code == "busy"
+
+    async def test_a_fault_of_ours_breaks_it_and_leaves_nobody_waiting(self, kit: Kit) -> None:
+        kit.file.gate = threading.Event()
+        kit.file.faults = [TypeError("a fault")]
+        kit.accept("a")
+        await kit.file.entered()
+        kit.accept("b")
+        asking = asyncio.ensure_future(kit.journal.ask(kit.file.find, "a"))
+        await asyncio.sleep(0)
+        kit.file.gate.set()
+        await kit.told.until(3)
+        assert [kit.told[name].code for name in "ab"] == ["busy", "busy"]
+        with pytest.raises(sqlite3.Error, match="TypeError: a fault"):
+            await asyncio.wait_for(asking, WAIT)
 
 
 async def test_the_log_is_brought_into_the_file_when_there_is_time(kit: Kit) -> None:

@@ -129,7 +129,9 @@ class Journal:
             self._rouse()
 
     async def ask(self, question: Callable[..., T], *args: Any) -> T:
-        """`question(*args)`, a method of the file's, in the thread that has it, behind what is written."""
+        """`question(*args)`, a method of the file's, in the thread that has it, behind what is written.
+        Raises sqlite3.Error, also when the file is `broken`.
+        """
         answer: asyncio.Future[T] = self._loop.create_future()
 
         def told(value: T | None, error: BaseException | None) -> None:
@@ -144,6 +146,8 @@ class Journal:
             value: T | None = None
             fault: BaseException | None = None
             try:
+                if self.broken is not None:
+                    raise sqlite3.OperationalError(f"the journal has failed: {self.broken}")
                 value = question(*args)
             except Exception as error:
                 fault = error
@@ -152,7 +156,10 @@ class Journal:
         if self._closing:
             raise RuntimeError("the journal is closed")
         self._errands.append(errand)
-        self._rouse()
+        if self.broken is None:
+            self._rouse()
+        else:  # the thread has ended, or is about to and may have seen it; once is enough
+            errand()
         return await answer
 
     def _rouse(self) -> None:
@@ -232,10 +239,14 @@ class Journal:
     ) -> bool:
         try:
             known = self.file.write(batch)
-        except sqlite3.Error as error:
-            if not out_of_space(error):
-                self._break(str(error))
+        except Exception as error:
+            if not isinstance(error, sqlite3.Error):  # a fault of ours: as bad as one of the disk's
+                log.exception("the journal failed")
+                self._break(f"{type(error).__name__}: {error}")
                 refusal: AcommError = Busy("the journal has failed; the supervisor stops")
+            elif not out_of_space(error):
+                self._break(str(error))
+                refusal = Busy("the journal has failed; the supervisor stops")
             else:
                 if not self.full:
                     log.error("the journal cannot be written (%s); requests are refused meanwhile", error)
@@ -296,6 +307,8 @@ class Journal:
         waiting = [stored for _, stored in _take(self._entries)]
         self._tell(self._refused, waiting, Busy("the journal has failed; the supervisor stops"))
         self._tell(self._failed, text)
+        for errand in _take(self._errands):
+            errand()
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         try:
