@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from workers import journal as module
 from workers.errors import AcommError
-from workers.journal import MAX_BATCH, Journal
+from workers.journal import MAX_BATCH, MAX_ERRANDS, Journal
 from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
 from workers.stored import StoredRequests
 
@@ -90,6 +90,14 @@ class Kit:
         entry = Entry(seq, id, b"d", "t", b"{}", 3, True, "unix:0", 1.0)
         self.journal.accept(entry, self.told(id))
         return seq
+
+    async def asleep(self) -> None:
+        """Until its thread sleeps: it says so before, and lets go of the lock when it does."""
+        async with asyncio.timeout(WAIT):
+            while self.journal._awake:
+                await asyncio.sleep(0.001)
+        with self.journal._wake:
+            pass
 
 
 @pytest_asyncio.fixture
@@ -206,6 +214,50 @@ async def test_a_question_that_fails_says_so(kit: Kit) -> None:
         await kit.journal.ask(ask)
     kit.accept("a")
     await kit.told.until(1)
+
+
+async def test_one_that_is_roused_for_nothing_does_not_count_as_awake(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had woken by itself, and had seen to all: what comes next has to wake it."""
+    kit.accept("a")
+    await kit.told.until(1)
+    monkeypatch.setattr(module, "IDLE", 2 * WAIT)
+    kit.journal.undelivered(0)  # the next sleep is a long one
+    await kit.journal.ask(lambda: None)
+    for _ in range(3):
+        await kit.asleep()
+        kit.journal._rouse()
+    await kit.asleep()
+    kit.accept("b")
+    await kit.told.until(2)
+
+
+async def test_many_questions_do_not_hold_up_a_commit(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, gate = threading.Event(), threading.Event()
+    answered: list[int] = []
+    before: list[int] = []
+    write = kit.file.write
+
+    def ask(number: int) -> None:
+        answered.append(number)
+        if number == 1:
+            reached.set()
+            assert gate.wait(WAIT)
+
+    def noted(batch: Batch) -> dict[int, Row]:
+        before.append(len(answered))
+        return write(batch)
+
+    monkeypatch.setattr(kit.file, "write", noted)
+    asking = [asyncio.ensure_future(kit.journal.ask(ask, number)) for number in range(100)]
+    assert await asyncio.to_thread(reached.wait, WAIT)
+    kit.accept("a")
+    gate.set()
+    await kit.told.until(1)
+    assert before[0] <= 1 + 2 * MAX_ERRANDS
+    await asyncio.gather(*asking)
+    assert sorted(answered) == list(range(100))
 
 
 class TestQuestionsToABrokenOne:

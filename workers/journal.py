@@ -28,6 +28,9 @@ log = logging.getLogger("acomm.journal")
 MAX_BATCH = 512
 """Requests that share a commit: more would only wait longer for it."""
 
+MAX_ERRANDS = 4
+"""Questions that are answered between two commits: each may take some milliseconds, and anybody may ask."""
+
 RETRY = 0.25
 """Seconds between tries to write what could not be written and has been promised."""
 
@@ -165,11 +168,13 @@ class Journal:
     def _rouse(self) -> None:
         """Have the thread look: it sleeps, or is about to. Whoever appends first and then looks whether it is
         awake is seen by one that says that it sleeps first, and then looks whether there is something. From
-        here on it counts as awake, though it may yet wait for the interpreter: once is enough.
+        here on it counts as awake, though it may yet wait for the interpreter: once is enough. Not if it has
+        woken by itself meanwhile, has seen to all, and sleeps again: it would sleep on, and count as awake.
         """
         with self._wake:
-            self._awake = True
-            self._wake.notify()
+            if self._has_work():
+                self._awake = True
+                self._wake.notify()
 
     # -- the thread ---------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class Journal:
         ended = _take(self._ended)
         self._soon = False  # before they are taken: what comes then is not in this batch
         delivered, undelivered = _take(self._delivered), _take(self._undelivered)
-        errands = _take(self._errands)
+        errands = _take(self._errands, None if closing else MAX_ERRANDS)
         last = closing and not self._entries
         batch = Batch()
         batch.entries = [entry for entry, _ in entries]
