@@ -260,6 +260,24 @@ async def test_many_questions_do_not_hold_up_a_commit(kit: Kit, monkeypatch: pyt
     assert sorted(answered) == list(range(100))
 
 
+async def test_old_rows_go_though_there_is_always_something_to_write(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that is asked something every moment has no idle one, and its disk an end."""
+    compacted = threading.Event()
+    monkeypatch.setattr(module, "IDLE", WAIT)
+    monkeypatch.setattr(module, "COMPACT_AFTER", 50)
+
+    def compact() -> None:
+        compacted.set()
+
+    monkeypatch.setattr(kit.file, "compact", compact)
+    for n in range(200):
+        kit.accept(f"r{n}")
+        await kit.told.until(n + 1)
+    assert compacted.is_set()
+
+
 class TestQuestionsToABrokenOne:
     """Its thread has ended, and whoever waited for that would never stop."""
 

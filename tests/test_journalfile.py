@@ -191,6 +191,26 @@ def test_old_rows_go_and_no_others(path: str, wall: Clock) -> None:
     file.close()
 
 
+def test_what_is_kept_does_not_keep_what_is_behind_it(
+    path: str, wall: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journalfile, "COMPACTED_AT_ONCE", 10)
+    file = opened(path, wall)
+    file.write(batch(entries=[entry(seq) for seq in range(1, 101)]))
+    file.write(batch(ended=[Ending(1, b"e", "timeout")]))
+    file.write(batch(delivered=[1, *range(3, 96)]))
+    wall.now += WINDOW + 1
+    assert [file.compact() for _ in range(12)] == [8, *[10] * 8, 5, 0, None]
+    young = [entry(seq)._replace(accepted=wall.now) for seq in range(101, 201)]
+    file.write(batch(entries=young, delivered=[2]))
+    wall.now += journalfile.COMPACT_EVERY
+    assert [file.compact() for _ in range(2)] == [0, None], "what is young is not looked at"
+    wall.now += WINDOW
+    assert file.compact() == 1
+    assert [row.seq for row in file.unfinished(0, 200, 200)] == [*range(96, 201)]
+    file.close()
+
+
 class TestWhoseFile:
     def refused(self, path: str) -> str:
         with pytest.raises(ConfigError) as caught:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from workers.errors import AcommError, Busy, printable
-from workers.journalfile import Batch, Ending, Entry, JournalFile, Row, out_of_space
+from workers.journalfile import COMPACTED_AT_ONCE, Batch, Ending, Entry, JournalFile, Row, out_of_space
 
 log = logging.getLogger("acomm.journal")
 
@@ -40,6 +40,11 @@ IDLE = 0.5
 MAX_LOG = 100_000
 """Rows written after which the log is brought into the file even if there is no time: 200 MB or so, and a
 pause of some tenths of a second, so not often.
+"""
+
+COMPACT_AFTER = COMPACTED_AT_ONCE
+"""Rows written after which old ones are deleted even if there is no time, or the file would grow as long as
+there is something to do. A request has two, so more are looked at than come.
 """
 
 _UNTOLD = "what waited for the journal failed"
@@ -73,6 +78,7 @@ class Journal:
         self._closing = False
         self._awake = False
         self._since_checkpoint = 0
+        self._since_compaction = 0
         self._thread = threading.Thread(target=self._run, name="acomm-journal", daemon=True)
 
     def __repr__(self) -> str:
@@ -213,7 +219,7 @@ class Journal:
                 time.sleep(RETRY)
         for errand in errands:
             errand()
-        if idle or self._since_checkpoint > MAX_LOG:
+        if self.broken is None:
             self._keep_house(idle)
         return not last and self.broken is None
 
@@ -266,6 +272,7 @@ class Journal:
         rows = len(batch.entries) + len(batch.ended)
         self.rows += rows
         self._since_checkpoint += rows
+        self._since_compaction += rows
         self._tell(self._stored, entries, known, ended)
         return True
 
@@ -297,9 +304,13 @@ class Journal:
 
     def _keep_house(self, idle: bool) -> None:
         try:
-            if idle and self.file.compact():
-                self._since_checkpoint += 1
-            if self._since_checkpoint:
+            if idle or self._since_compaction >= COMPACT_AFTER:
+                self._since_compaction = 0
+                while (deleted := self.file.compact()) is not None:
+                    self._since_checkpoint += deleted
+                    if not idle or self._has_work():
+                        break
+            if self._since_checkpoint > (0 if idle else MAX_LOG):
                 self.file.checkpoint()
                 self._since_checkpoint = 0
         except sqlite3.Error as error:
