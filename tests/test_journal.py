@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -276,6 +277,20 @@ async def test_old_rows_go_though_there_is_always_something_to_write(
         kit.accept(f"r{n}")
         await kit.told.until(n + 1)
     assert compacted.is_set()
+
+
+async def test_a_log_of_large_messages_is_brought_in_by_its_size(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE", WAIT)
+    monkeypatch.setattr(module, "MAX_LOG", 1000)
+    large = b"x" * 200_000
+    for n in range(50):
+        entry = Entry(kit.journal.new_seq(), f"r{n}", b"d", "t", large, 3, True, "unix:0", 1.0)
+        kit.journal.accept(entry, kit.told(f"r{n}"))
+        await kit.told.until(n + 1)
+    assert kit.file.brought_in.is_set()
+    assert os.path.getsize(f"{kit.file.path}-wal") < 15 * len(large)
 
 
 class TestQuestionsToABrokenOne:

@@ -42,6 +42,9 @@ MAX_LOG = 100_000
 pause of some tenths of a second, so not often.
 """
 
+ROW = 2048
+"""Bytes of a message or answer that count as one row more: a log of large ones would fill the disk."""
+
 COMPACT_AFTER = COMPACTED_AT_ONCE
 """Rows written after which old ones are deleted even if there is no time, or the file would grow as long as
 there is something to do. A request has two, so more are looked at than come.
@@ -271,7 +274,9 @@ class Journal:
         self.commits += 1
         rows = len(batch.entries) + len(batch.ended)
         self.rows += rows
-        self._since_checkpoint += rows
+        size = sum([len(entry.message) for entry in batch.entries])
+        size += sum([len(ending.response) for ending in batch.ended])
+        self._since_checkpoint += rows + size // ROW
         self._since_compaction += rows
         self._tell(self._stored, entries, known, ended)
         return True
