@@ -92,6 +92,13 @@ CREATE INDEX failed ON requests (seq) WHERE code IS NOT NULL;
 _COLUMNS = (
     "seq, id, digest, state, task, message, wire, extended, origin, accepted, boots, response, code, ended"
 )
+_SLIM = _COLUMNS.replace("message", "NULL").replace("response", "NULL")
+"""Without what may be large: anybody may ask for the row of an id, and for the same one many times."""
+
+_LISTED = _COLUMNS.replace("message", "NULL").replace(
+    "response", "iif(length(response) > 65536, NULL, response)"
+)
+_PAGE_BYTES = 32 * 1024 * 1024  # of rows that are read at once
 
 
 class Entry(NamedTuple):
@@ -292,7 +299,7 @@ class JournalFile:
             }
             for entry in chunk:
                 if entry.seq not in stored:
-                    row = self.find(entry.id)
+                    row = self.find(entry.id, _SLIM)
                     assert row is not None
                     known[entry.seq] = row
         return known
@@ -365,24 +372,33 @@ class JournalFile:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def find(self, id: str) -> Row | None:
+    def find(self, id: str, columns: str = _COLUMNS) -> Row | None:
         """The row of a request."""
-        found = self._db.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (id,)).fetchone()
+        found = self._db.execute(f"SELECT {columns} FROM requests WHERE id = ?", (id,)).fetchone()
         return None if found is None else Row(*found)
 
     def undone(self, ids: Sequence[str]) -> list[str]:
         """Those of the requests that have not been delivered."""
-        rows = [self.find(id) for id in ids]
+        rows = [self.find(id, _SLIM) for id in ids]
         return [row.id for row in rows if row is not None and row.state in (ACCEPTED, ENDED)]
 
     def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
-        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order."""
-        rows = self._db.execute(
+        """The first rows behind `after`, and up to `upto`, that have not been delivered, in their order;
+        fewer than `limit` if they are large.
+        """
+        found = self._db.execute(
             f"SELECT {_COLUMNS} FROM requests INDEXED BY unfinished WHERE state < 2 AND seq > ? AND seq <= ? "
             "ORDER BY seq LIMIT ?",
             (after, upto, limit),
-        ).fetchall()
-        return [Row(*row) for row in rows]
+        )
+        rows, size = list[Row](), 0
+        with contextlib.closing(found):
+            for row in map(Row._make, found):
+                rows.append(row)
+                size += len(row.message or b"") + len(row.response or b"")
+                if size > _PAGE_BYTES:
+                    break
+        return rows
 
     def count_unfinished(self) -> int:
         """How many rows have not been delivered."""
@@ -392,9 +408,9 @@ class JournalFile:
         return count
 
     def failed(self, limit: int, task: str | None = None) -> list[Row]:
-        """The latest failed requests, the last first."""
+        """The latest failed requests, the last first, without their messages and large answers."""
         rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM requests WHERE code IS NOT NULL AND (:task IS NULL OR task = :task) "
+            f"SELECT {_LISTED} FROM requests WHERE code IS NOT NULL AND (:task IS NULL OR task = :task) "
             "ORDER BY seq DESC LIMIT :most",
             {"task": task, "most": limit},
         ).fetchall()
