@@ -18,6 +18,7 @@ from peers import ack
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
+from acomm.errors import BadRequest
 
 pytestmark = pytest.mark.process
 
@@ -223,6 +224,36 @@ def test_handlers_are_kept_with_their_request(serve: Serve, fifos: tuple[Fifo, F
         serve("--workers", "2")
         assert told.read() == f"{call.id} 42"
     told.close()
+
+
+def test_handlers_of_another_python_are_not_loaded_by_a_successor(
+    serve: Serve, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
+    """Their code would crash the interpreter, and each further supervisor."""
+    served = serve("--workers", "1")
+    started, _ = fifos
+    path = tmp_path / "loaded"
+
+    def noted(request: Any, response: Any) -> None:
+        path.write_text("loaded")
+
+    with connect(served.url) as client:
+        client.submit("stay", started.path)
+        started.read()
+        call = client.using(on_success=noted, on_error=noted).submit("add", 20, 22)
+        served.until(lambda stats: stats["journal"]["unfinished"] == 2)
+        die(served)
+        with sqlite3.connect(tmp_path / "j.db") as db:
+            (message,) = db.execute("SELECT message FROM requests WHERE id = ?", (call.id,)).fetchone()
+            version = b'"python":"%d.%d"' % sys.version_info[:2]
+            other = message.replace(version, b'"python":"3.9"')
+            assert other != message
+            db.execute("UPDATE requests SET message = ? WHERE id = ?", (other, call.id))
+        db.close()
+        served = serve("--workers", "2")
+        with pytest.raises(BadRequest, match=r"pickled by Python 3\.9"):
+            call.result(20)
+        assert not path.exists()
 
 
 def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Path) -> None:
