@@ -65,9 +65,9 @@ def die(served: Served) -> None:
     served.wait()
 
 
-def rows(tmp_path: Path, what: str) -> list[Any]:
+def rows(tmp_path: Path, what: str, which: str = "") -> list[Any]:
     with sqlite3.connect(tmp_path / "j.db") as db:
-        found = db.execute(f"SELECT {what} FROM requests ORDER BY seq").fetchall()
+        found = db.execute(f"SELECT {what} FROM requests {which} ORDER BY seq").fetchall()
     db.close()
     return found
 
@@ -159,7 +159,9 @@ def test_a_stop_leaves_what_it_cannot_finish(serve: Serve, hook: Hook, fifos: tu
     started.read()
 
 
-def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
+def test_time_passes_while_nobody_is_there(
+    serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
     served = serve("--workers", "1")
     started, _ = fifos
     accepted(served, "stays", "stay", hook.url, [started.path])
@@ -170,6 +172,9 @@ def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tupl
     answers = [hook.answer()]
     assert answers[0]["id"] == "late"
     assert "timed out" in answers[0]["error"]
+    ((code, response),) = rows(tmp_path, "code, response", "WHERE id = 'late'")
+    assert code == "timeout"
+    assert b"timed out" in response, "the next one says the same, whatever its clock"
 
 
 def test_a_request_that_kills_supervisors_is_poisoned(serve: Serve, hook: Hook, tmp_path: Path) -> None:

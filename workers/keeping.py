@@ -147,7 +147,7 @@ class Keeper:
     def take_up(self, left: Left) -> None:
         """Begin, or answer, what an earlier supervisor has left."""
         service = self._service
-        request, origin, response = left
+        request, origin, response, stored = left
         try:
             service.examiner.check_handlers(request, origin)
         except AcommError as error:
@@ -159,10 +159,10 @@ class Keeper:
                 return
         if response is not None:
             service.track(request, origin)
-            if response.error is not None and response.error.code == "poisoned":
-                service.answer(response)
-            else:
+            if stored:
                 service.told(response)
+            else:
+                service.answer(response)
             return
         task, key = None, None
         if service.examiner.is_ours(request):

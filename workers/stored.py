@@ -40,11 +40,14 @@ _NO_FAULT = frozenset({"cancelled"})
 
 
 class Left(NamedTuple):
-    """A request that an earlier supervisor has left: to be run, unless it has its `response`."""
+    """A request that an earlier supervisor has left: to be run, unless it has its `response`, which is in the
+    file if it is `stored`.
+    """
 
     request: Request
     origin: Origin
     response: Response | None
+    stored: bool = False
 
 
 class StoredRequests:
@@ -176,7 +179,7 @@ class StoredRequests:
             return None
         request = msgspec.structs.replace(request, wire=row.wire, extended=bool(row.extended))
         if row.state != ACCEPTED:
-            return Left(request, origin, response)
+            return Left(request, origin, response, stored=True)
         if row.boots >= MAX_BOOTS:
             text = f"{row.boots + 1} supervisors have died while this request was under way"
             return Left(request, origin, Response(row.id, error=Poisoned(text)))
