@@ -18,6 +18,7 @@ from peers import ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
+from acomm.errors import BadRequest
 from workers.journalfile import DELIVERED
 from workers.stored import IN_FLIGHT, PAGE
 
@@ -66,9 +67,9 @@ def die(served: Served) -> None:
     served.wait()
 
 
-def rows(tmp_path: Path, what: str) -> list[Any]:
+def rows(tmp_path: Path, what: str, which: str = "") -> list[Any]:
     with sqlite3.connect(tmp_path / "j.db") as db:
-        found = db.execute(f"SELECT {what} FROM requests ORDER BY seq").fetchall()
+        found = db.execute(f"SELECT {what} FROM requests {which} ORDER BY seq").fetchall()
     db.close()
     return found
 
@@ -199,7 +200,9 @@ def test_what_waits_in_the_file_can_be_cancelled_as_what_is_queued(
     assert {row[0] for row in rows(tmp_path, "state")} == {DELIVERED}
 
 
-def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo]) -> None:
+def test_time_passes_while_nobody_is_there(
+    serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
     served = serve("--workers", "1")
     started, _ = fifos
     accepted(served, "stays", "stay", hook.url, [started.path])
@@ -210,6 +213,9 @@ def test_time_passes_while_nobody_is_there(serve: Serve, hook: Hook, fifos: tupl
     answers = [hook.answer()]
     assert answers[0]["id"] == "late"
     assert "timed out" in answers[0]["error"]
+    ((code, response),) = rows(tmp_path, "code, response", "WHERE id = 'late'")
+    assert code == "timeout"
+    assert b"timed out" in response, "the next one says the same, whatever its clock"
 
 
 def test_a_request_that_kills_supervisors_is_poisoned(serve: Serve, hook: Hook, tmp_path: Path) -> None:
@@ -264,6 +270,36 @@ def test_handlers_are_kept_with_their_request(serve: Serve, fifos: tuple[Fifo, F
         serve("--workers", "2")
         assert told.read() == f"{call.id} 42"
     told.close()
+
+
+def test_handlers_of_another_python_are_not_loaded_by_a_successor(
+    serve: Serve, fifos: tuple[Fifo, Fifo], tmp_path: Path
+) -> None:
+    """Their code would crash the interpreter, and each further supervisor."""
+    served = serve("--workers", "1")
+    started, _ = fifos
+    path = tmp_path / "loaded"
+
+    def noted(request: Any, response: Any) -> None:
+        path.write_text("loaded")
+
+    with connect(served.url) as client:
+        client.submit("stay", started.path)
+        started.read()
+        call = client.using(on_success=noted, on_error=noted).submit("add", 20, 22)
+        served.until(lambda stats: stats["journal"]["unfinished"] == 2)
+        die(served)
+        with sqlite3.connect(tmp_path / "j.db") as db:
+            (message,) = db.execute("SELECT message FROM requests WHERE id = ?", (call.id,)).fetchone()
+            version = b'"python":"%d.%d"' % sys.version_info[:2]
+            other = message.replace(version, b'"python":"3.9"')
+            assert other != message
+            db.execute("UPDATE requests SET message = ? WHERE id = ?", (other, call.id))
+        db.close()
+        served = serve("--workers", "2")
+        with pytest.raises(BadRequest, match=r"pickled by Python 3\.9"):
+            call.result(20)
+        assert not path.exists()
 
 
 def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Path) -> None:

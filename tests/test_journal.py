@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -14,8 +15,9 @@ import pytest_asyncio
 
 from workers import journal as module
 from workers.errors import AcommError
-from workers.journal import MAX_BATCH, Journal
+from workers.journal import MAX_BATCH, MAX_ERRANDS, Journal
 from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
+from workers.stored import StoredRequests
 
 WAIT = 20.0
 
@@ -31,8 +33,9 @@ class Faulty(JournalFile):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self.faults: list[sqlite3.Error | None] = []
+        self.faults: list[Exception | None] = []
         self.gate: threading.Event | None = None
+        self.writing = threading.Event()
         self.sizes: list[tuple[int, int, int]] = []
         self.brought_in = threading.Event()
 
@@ -40,7 +43,11 @@ class Faulty(JournalFile):
         super().checkpoint()
         self.brought_in.set()
 
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self.writing.wait, WAIT)
+
     def write(self, batch: Batch) -> dict[int, Row]:
+        self.writing.set()
         if self.gate is not None:
             assert self.gate.wait(WAIT)
         if self.faults and (fault := self.faults.pop(0)) is not None:
@@ -84,6 +91,14 @@ class Kit:
         entry = Entry(seq, id, b"d", "t", b"{}", 3, True, "unix:0", 1.0)
         self.journal.accept(entry, self.told(id))
         return seq
+
+    async def asleep(self) -> None:
+        """Until its thread sleeps: it says so before, and lets go of the lock when it does."""
+        async with asyncio.timeout(WAIT):
+            while self.journal._awake:
+                await asyncio.sleep(0.001)
+        with self.journal._wake:
+            pass
 
 
 @pytest_asyncio.fixture
@@ -200,6 +215,121 @@ async def test_a_question_that_fails_says_so(kit: Kit) -> None:
         await kit.journal.ask(ask)
     kit.accept("a")
     await kit.told.until(1)
+
+
+async def test_one_that_is_roused_for_nothing_does_not_count_as_awake(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had woken by itself, and had seen to all: what comes next has to wake it."""
+    kit.accept("a")
+    await kit.told.until(1)
+    monkeypatch.setattr(module, "IDLE", 2 * WAIT)
+    kit.journal.undelivered(0)  # the next sleep is a long one
+    await kit.journal.ask(lambda: None)
+    for _ in range(3):
+        await kit.asleep()
+        kit.journal._rouse()
+    await kit.asleep()
+    kit.accept("b")
+    await kit.told.until(2)
+
+
+async def test_many_questions_do_not_hold_up_a_commit(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, gate = threading.Event(), threading.Event()
+    answered: list[int] = []
+    before: list[int] = []
+    write = kit.file.write
+
+    def ask(number: int) -> None:
+        answered.append(number)
+        if number == 1:
+            reached.set()
+            assert gate.wait(WAIT)
+
+    def noted(batch: Batch) -> dict[int, Row]:
+        before.append(len(answered))
+        return write(batch)
+
+    monkeypatch.setattr(kit.file, "write", noted)
+    asking = [asyncio.ensure_future(kit.journal.ask(ask, number)) for number in range(100)]
+    assert await asyncio.to_thread(reached.wait, WAIT)
+    kit.accept("a")
+    gate.set()
+    await kit.told.until(1)
+    assert before[0] <= 1 + 2 * MAX_ERRANDS
+    await asyncio.gather(*asking)
+    assert sorted(answered) == list(range(100))
+
+
+async def test_old_rows_go_though_there_is_always_something_to_write(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that is asked something every moment has no idle one, and its disk an end."""
+    compacted = threading.Event()
+    monkeypatch.setattr(module, "IDLE", WAIT)
+    monkeypatch.setattr(module, "COMPACT_AFTER", 50)
+
+    def compact() -> None:
+        compacted.set()
+
+    monkeypatch.setattr(kit.file, "compact", compact)
+    for n in range(200):
+        kit.accept(f"r{n}")
+        await kit.told.until(n + 1)
+    assert compacted.is_set()
+
+
+async def test_a_log_of_large_messages_is_brought_in_by_its_size(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE", WAIT)
+    monkeypatch.setattr(module, "MAX_LOG", 1000)
+    large = b"x" * 200_000
+    for n in range(50):
+        entry = Entry(kit.journal.new_seq(), f"r{n}", b"d", "t", large, 3, True, "unix:0", 1.0)
+        kit.journal.accept(entry, kit.told(f"r{n}"))
+        await kit.told.until(n + 1)
+    assert kit.file.brought_in.is_set()
+    assert os.path.getsize(f"{kit.file.path}-wal") < 15 * len(large)
+
+
+class TestQuestionsToABrokenOne:
+    """Its thread has ended, and whoever waited for that would never stop."""
+
+    async def test_during_the_write_that_breaks_it(self, kit: Kit) -> None:
+        kit.file.gate = threading.Event()
+        kit.file.faults = [error(sqlite3.SQLITE_IOERR_FSYNC)]
+        kit.accept("a")
+        await kit.file.entered()
+        asking = asyncio.ensure_future(kit.journal.ask(kit.file.find, "a"))
+        await asyncio.sleep(0)
+        kit.file.gate.set()
+        with pytest.raises(sqlite3.Error, match="the journal has failed"):
+            await asyncio.wait_for(asking, WAIT)
+
+    async def test_afterwards(self, kit: Kit) -> None:
+        kit.file.faults = [error(sqlite3.SQLITE_IOERR_FSYNC)]
+        kit.accept("a")
+        await kit.told.until(2)
+        with pytest.raises(sqlite3.Error, match="the journal has failed"):
+            await asyncio.wait_for(kit.journal.ask(kit.file.find, "a"), WAIT)
+        with pytest.raises(AcommError) as caught:
+            await asyncio.wait_for(StoredRequests(kit.journal).undone(["a"]), WAIT)
+        assert caught.value.code == "busy"
+
+    async def test_a_fault_of_ours_breaks_it_and_leaves_nobody_waiting(self, kit: Kit) -> None:
+        kit.file.gate = threading.Event()
+        kit.file.faults = [TypeError("a fault")]
+        kit.accept("a")
+        await kit.file.entered()
+        kit.accept("b")
+        asking = asyncio.ensure_future(kit.journal.ask(kit.file.find, "a"))
+        await asyncio.sleep(0)
+        kit.file.gate.set()
+        await kit.told.until(3)
+        assert [kit.told[name].code for name in "ab"] == ["busy", "busy"]
+        with pytest.raises(sqlite3.Error, match="TypeError: a fault"):
+            await asyncio.wait_for(asking, WAIT)
 
 
 async def test_the_log_is_brought_into_the_file_when_there_is_time(kit: Kit) -> None:

@@ -201,6 +201,61 @@ def test_old_rows_go_and_no_others(path: str, wall: Clock) -> None:
     file.close()
 
 
+def test_what_is_kept_does_not_keep_what_is_behind_it(
+    path: str, wall: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journalfile, "COMPACTED_AT_ONCE", 10)
+    file = opened(path, wall)
+    file.write(batch(entries=[entry(seq) for seq in range(1, 101)]))
+    file.write(batch(ended=[Ending(1, b"e", "timeout")]))
+    file.write(batch(delivered=[1, *range(3, 96)]))
+    wall.now += WINDOW + 1
+    assert [file.compact() for _ in range(12)] == [8, *[10] * 8, 5, 0, None]
+    young = [entry(seq)._replace(accepted=wall.now) for seq in range(101, 201)]
+    file.write(batch(entries=young, delivered=[2]))
+    wall.now += journalfile.COMPACT_EVERY
+    assert [file.compact() for _ in range(2)] == [0, None], "what is young is not looked at"
+    wall.now += WINDOW
+    assert file.compact() == 1
+    assert [row.seq for row in file.unfinished(0, 200, 200)] == [*range(96, 201)]
+    file.close()
+
+
+class TestLargeRows:
+    """They are read a few at a time, and only where they are needed: a thousand are more than any memory."""
+
+    def test_are_not_read_to_tell_that_an_id_is_known(self, path: str, wall: Clock) -> None:
+        file = opened(path, wall)
+        file.write(batch(entries=[entry(1)]))
+        known = file.write(batch(entries=[entry(2, "r1"), entry(3, "r1")]))
+        assert [(row.id, row.digest, row.message) for row in known.values()] == [("r1", b"d", None)] * 2
+        assert file.undone(["r1", "r2"]) == ["r1"]
+        file.close()
+
+    def test_are_not_read_to_list_them(self, path: str, wall: Clock) -> None:
+        file = opened(path, wall)
+        file.write(batch(entries=[entry(1), entry(2)]))
+        large = b"x" * 100_000
+        file.write(batch(ended=[Ending(1, b"e", "timeout"), Ending(2, large, None)], undelivered=[2]))
+        assert [(row.seq, row.message, row.response) for row in file.failed(9)] == [
+            (2, None, None),
+            (1, None, b"e"),
+        ]
+        found = file.find("r2")
+        assert found is not None
+        assert found.response == large
+        file.close()
+
+    def test_come_a_few_at_a_time(self, path: str, wall: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(journalfile, "_READ_AT_ONCE", 250_000)
+        file = opened(path, wall)
+        file.write(batch(entries=[entry(n)._replace(message=b"x" * 100_000) for n in range(1, 6)]))
+        assert [row.seq for row in file.unfinished(0, 100, 100)] == [1, 2, 3]
+        assert [row.seq for row in file.unfinished(3, 100, 100)] == [4, 5]
+        file.write(batch(delivered=[4]))  # no question is left open
+        file.close()
+
+
 class TestWhoseFile:
     def refused(self, path: str) -> str:
         with pytest.raises(ConfigError) as caught:

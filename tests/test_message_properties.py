@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from acomm import messages
 from acomm.accepted import Accepted, read_accepted
+from acomm.acks import ok_ack, salvage, stored_ack
 from acomm.errors import WIRE_ERRORS, AcommError, BadRequest
-from acomm.messages import MAX_PRIORITY, Handlers, Request, Response, ok_ack, salvage, stored_ack
+from acomm.messages import MAX_PRIORITY, Handlers, Request, Response
 from acomm.outgoing import ack_error
 
 characters = st.characters(exclude_categories=["Cs"])  # U+D800 to U+DFFF are none

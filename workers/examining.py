@@ -81,7 +81,7 @@ class Examiner:
         not let them run here.
         """
         task = self._task(request.task)
-        self._check_handlers(request, origin)
+        self.check_handlers(request, origin)
         # A stream that a request brings is an argument, too, and nobody else's.
         key = None if task.key is None or request.stream_url else task.call_key(request.args)
         if key is None:
@@ -110,7 +110,8 @@ class Examiner:
         raise UnknownTask(f"no task {printable(name)} is served here{hint}")
 
     @staticmethod
-    def _check_handlers(request: Request, origin: Origin) -> None:
+    def check_handlers(request: Request, origin: Origin) -> None:
+        """Refuse handlers that do not run here. Raises Forbidden, HandlerError."""
         if request.handlers is None:
             return
         if not origin.local:

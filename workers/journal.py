@@ -21,12 +21,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from workers.errors import AcommError, Busy, printable
-from workers.journalfile import Batch, Ending, Entry, JournalFile, Row, out_of_space
+from workers.journalfile import COMPACTED_AT_ONCE, Batch, Ending, Entry, JournalFile, Row, out_of_space
 
 log = logging.getLogger("acomm.journal")
 
 MAX_BATCH = 512
 """Requests that share a commit: more would only wait longer for it."""
+
+MAX_ERRANDS = 4
+"""Questions that are answered between two commits: each may take some milliseconds, and anybody may ask."""
 
 RETRY = 0.25
 """Seconds between tries to write what could not be written and has been promised."""
@@ -37,6 +40,14 @@ IDLE = 0.5
 MAX_LOG = 100_000
 """Rows written after which the log is brought into the file even if there is no time: 200 MB or so, and a
 pause of some tenths of a second, so not often.
+"""
+
+ROW = 2048
+"""Bytes of a message or answer that count as one row more: a log of large ones would fill the disk."""
+
+COMPACT_AFTER = COMPACTED_AT_ONCE
+"""Rows written after which old ones are deleted even if there is no time, or the file would grow as long as
+there is something to do. A request has two, so more are looked at than come.
 """
 
 _UNTOLD = "what waited for the journal failed"
@@ -70,6 +81,7 @@ class Journal:
         self._closing = False
         self._awake = False
         self._since_checkpoint = 0
+        self._since_compaction = 0
         self._thread = threading.Thread(target=self._run, name="acomm-journal", daemon=True)
 
     def __repr__(self) -> str:
@@ -129,7 +141,9 @@ class Journal:
             self._rouse()
 
     async def ask(self, question: Callable[..., T], *args: Any) -> T:
-        """`question(*args)`, a method of the file's, in the thread that has it, behind what is written."""
+        """`question(*args)`, a method of the file's, in the thread that has it, behind what is written.
+        Raises sqlite3.Error, also when the file is `broken`.
+        """
         answer: asyncio.Future[T] = self._loop.create_future()
 
         def told(value: T | None, error: BaseException | None) -> None:
@@ -144,6 +158,8 @@ class Journal:
             value: T | None = None
             fault: BaseException | None = None
             try:
+                if self.broken is not None:
+                    raise sqlite3.OperationalError(f"the journal has failed: {self.broken}")
                 value = question(*args)
             except Exception as error:
                 fault = error
@@ -152,17 +168,22 @@ class Journal:
         if self._closing:
             raise RuntimeError("the journal is closed")
         self._errands.append(errand)
-        self._rouse()
+        if self.broken is None:
+            self._rouse()
+        else:  # the thread has ended, or is about to and may have seen it; once is enough
+            errand()
         return await answer
 
     def _rouse(self) -> None:
         """Have the thread look: it sleeps, or is about to. Whoever appends first and then looks whether it is
         awake is seen by one that says that it sleeps first, and then looks whether there is something. From
-        here on it counts as awake, though it may yet wait for the interpreter: once is enough.
+        here on it counts as awake, though it may yet wait for the interpreter: once is enough. Not if it has
+        woken by itself meanwhile, has seen to all, and sleeps again: it would sleep on, and count as awake.
         """
         with self._wake:
-            self._awake = True
-            self._wake.notify()
+            if self._has_work():
+                self._awake = True
+                self._wake.notify()
 
     # -- the thread ---------------------------------------------------------------------------------
 
@@ -183,7 +204,7 @@ class Journal:
         ended = _take(self._ended)
         self._soon = False  # before they are taken: what comes then is not in this batch
         delivered, undelivered = _take(self._delivered), _take(self._undelivered)
-        errands = _take(self._errands)
+        errands = _take(self._errands, None if closing else MAX_ERRANDS)
         last = closing and not self._entries
         batch = Batch()
         batch.entries = [entry for entry, _ in entries]
@@ -201,7 +222,7 @@ class Journal:
                 time.sleep(RETRY)
         for errand in errands:
             errand()
-        if idle or self._since_checkpoint > MAX_LOG:
+        if self.broken is None:
             self._keep_house(idle)
         return not last and self.broken is None
 
@@ -232,10 +253,14 @@ class Journal:
     ) -> bool:
         try:
             known = self.file.write(batch)
-        except sqlite3.Error as error:
-            if not out_of_space(error):
-                self._break(str(error))
+        except Exception as error:
+            if not isinstance(error, sqlite3.Error):  # a fault of ours: as bad as one of the disk's
+                log.exception("the journal failed")
+                self._break(f"{type(error).__name__}: {error}")
                 refusal: AcommError = Busy("the journal has failed; the supervisor stops")
+            elif not out_of_space(error):
+                self._break(str(error))
+                refusal = Busy("the journal has failed; the supervisor stops")
             else:
                 if not self.full:
                     log.error("the journal cannot be written (%s); requests are refused meanwhile", error)
@@ -249,7 +274,10 @@ class Journal:
         self.commits += 1
         rows = len(batch.entries) + len(batch.ended)
         self.rows += rows
-        self._since_checkpoint += rows
+        size = sum([len(entry.message) for entry in batch.entries])
+        size += sum([len(ending.response) for ending in batch.ended])
+        self._since_checkpoint += rows + size // ROW
+        self._since_compaction += rows
         self._tell(self._stored, entries, known, ended)
         return True
 
@@ -281,9 +309,13 @@ class Journal:
 
     def _keep_house(self, idle: bool) -> None:
         try:
-            if idle and self.file.compact():
-                self._since_checkpoint += 1
-            if self._since_checkpoint:
+            if idle or self._since_compaction >= COMPACT_AFTER:
+                self._since_compaction = 0
+                while (deleted := self.file.compact()) is not None:
+                    self._since_checkpoint += deleted
+                    if not idle or self._has_work():
+                        break
+            if self._since_checkpoint > (0 if idle else MAX_LOG):
                 self.file.checkpoint()
                 self._since_checkpoint = 0
         except sqlite3.Error as error:
@@ -296,6 +328,8 @@ class Journal:
         waiting = [stored for _, stored in _take(self._entries)]
         self._tell(self._refused, waiting, Busy("the journal has failed; the supervisor stops"))
         self._tell(self._failed, text)
+        for errand in _take(self._errands):
+            errand()
 
     def _tell(self, function: Callable[..., None], *args: Any) -> None:
         try:

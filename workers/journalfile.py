@@ -56,8 +56,15 @@ CACHE = 16 * 1024
 CHUNKS = (256, 64, 16, 4, 1)
 """Rows of one statement: a few sizes, so that each is prepared once."""
 
-_COMPACTED_AT_ONCE = 10_000  # rows; some 20 ms
 _READ_AT_ONCE = 16 * 1024 * 1024  # bytes of messages and answers
+COMPACTED_AT_ONCE = 500
+"""Rows that are looked at by one compaction: some 20 ms if all are old, as each changes a page of the ids'
+index.
+"""
+
+COMPACT_EVERY = 60.0
+"""Seconds from the last old row until such are looked for from the first row on."""
+
 _REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "ceph", "glusterfs"}
 """File systems of other hosts, whose locks and shared memory are not to be trusted with a WAL."""
 
@@ -85,6 +92,12 @@ CREATE INDEX failed ON requests (seq) WHERE code IS NOT NULL;
 
 _COLUMNS = (
     "seq, id, digest, state, task, message, wire, extended, origin, accepted, boots, response, code, ended"
+)
+_SLIM = _COLUMNS.replace("message", "NULL").replace("response", "NULL")
+"""Without what may be large: anybody may ask for the row of an id, and for the same one many times."""
+
+_LISTED = _COLUMNS.replace("message", "NULL").replace(
+    "response", "iif(length(response) > 65536, NULL, response)"
 )
 
 
@@ -156,6 +169,8 @@ class JournalFile:
         """
         self.path = os.path.abspath(path)
         self._wall = wall or _time_of_day()
+        self._compacted = 0  # the row up to which old ones are gone
+        self._compacted_at = 0.0
         check_folder(os.path.dirname(self.path))
         _check_local(self.path)
         self._lock = _lock(self.path)
@@ -285,7 +300,7 @@ class JournalFile:
             }
             for entry in chunk:
                 if entry.seq not in stored:
-                    row = self.find(entry.id)
+                    row = self.find(entry.id, _SLIM)
                     assert row is not None
                     known[entry.seq] = row
         return known
@@ -333,15 +348,30 @@ class JournalFile:
             raise
         return count
 
-    def compact(self) -> int:
-        """Delete some rows that are too old to be of use; how many. Call again while there are any."""
-        now = self._wall()
-        return self._change(
-            "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests WHERE seq < "
-            "(SELECT coalesce(min(seq), 0) FROM requests) + ? "
-            "AND state >= 2 AND ended < iif(code IS NULL, ?, ?))",
-            (_COMPACTED_AT_ONCE, now - WINDOW, now - KEEP_FAILED),
+    def compact(self) -> int | None:
+        """Delete those of some rows that are too old to be of use; how many, None if there were no more to
+        look at. Each call goes on where the last one ended, as what is kept must not keep what is behind it;
+        after the last old row there is a pause.
+        """
+        now, after = self._wall(), self._compacted
+        if not after and 0 <= now - self._compacted_at < COMPACT_EVERY:
+            return None
+        db = self._db
+        count, upto = db.execute(
+            "SELECT count(*), max(seq) FROM (SELECT seq FROM requests WHERE seq > ? ORDER BY seq LIMIT ?)",
+            (after, COMPACTED_AT_ONCE),
+        ).fetchone()
+        more = False
+        if count == COMPACTED_AT_ONCE:
+            (accepted,) = db.execute("SELECT accepted FROM requests WHERE seq = ?", (upto,)).fetchone()
+            more = accepted < now - WINDOW
+        deleted = self._change(
+            "DELETE FROM requests WHERE seq > ? AND seq <= ? "
+            "AND state >= 2 AND ended < iif(code IS NULL, ?, ?)",
+            (after, upto, now - WINDOW, now - KEEP_FAILED),
         )
+        self._compacted, self._compacted_at = upto if more else 0, now
+        return deleted
 
     def checkpoint(self) -> None:
         """Bring what was committed from the log into the file proper. Takes as long as there is of it."""
@@ -349,14 +379,14 @@ class JournalFile:
 
     # -- reading ------------------------------------------------------------------------------------
 
-    def find(self, id: str) -> Row | None:
+    def find(self, id: str, columns: str = _COLUMNS) -> Row | None:
         """The row of a request."""
-        found = self._db.execute(f"SELECT {_COLUMNS} FROM requests WHERE id = ?", (id,)).fetchone()
+        found = self._db.execute(f"SELECT {columns} FROM requests WHERE id = ?", (id,)).fetchone()
         return None if found is None else Row(*found)
 
     def undone(self, ids: Sequence[str]) -> list[str]:
         """Those of the requests that have not been delivered."""
-        rows = [self.find(id) for id in ids]
+        rows = [self.find(id, _SLIM) for id in ids]
         return [row.id for row in rows if row is not None and row.state in (ACCEPTED, ENDED)]
 
     def unfinished(self, after: int, limit: int, upto: int) -> list[Row]:
@@ -385,9 +415,9 @@ class JournalFile:
         return count
 
     def failed(self, limit: int, task: str | None = None) -> list[Row]:
-        """The latest failed requests, the last first."""
+        """The latest failed requests, the last first, without their messages and large answers."""
         rows = self._db.execute(
-            f"SELECT {_COLUMNS} FROM requests WHERE code IS NOT NULL AND (:task IS NULL OR task = :task) "
+            f"SELECT {_LISTED} FROM requests WHERE code IS NOT NULL AND (:task IS NULL OR task = :task) "
             "ORDER BY seq DESC LIMIT :most",
             {"task": task, "most": limit},
         ).fetchall()

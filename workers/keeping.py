@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from acomm.errors import AcommError
 from acomm.messages import Request, Response
 from acomm.origin import Origin
@@ -145,6 +147,15 @@ class Keeper:
         """Begin, or answer, what an earlier supervisor has left."""
         service = self._service
         request, content, origin, response, stored = left
+        try:
+            service.examiner.check_handlers(request, origin)
+        except AcommError as error:
+            # Not even to tell of the error: code of another Python crashes ours where it is loaded.
+            log.error("handlers of the request %s do not run: %s", printable(request.id), printable(error))
+            request = msgspec.structs.replace(request, handlers=None)
+            if response is None:
+                self._answer_unbegun(request, origin, error)
+                return
         if response is not None:
             service.track(request, origin)
             if stored:

@@ -19,7 +19,7 @@ import msgspec
 
 from acomm.messages import Request, Response
 from acomm.origin import Origin
-from workers.errors import AcommError, CallCancelled, CallTimeout, Poisoned, printable
+from workers.errors import AcommError, Busy, CallCancelled, CallTimeout, Poisoned, printable
 from workers.journal import RETRY, Journal, Stored
 from workers.journalfile import ACCEPTED, Ending, Entry, JournalFile, Row, out_of_space
 
@@ -97,11 +97,17 @@ class StoredRequests:
         }
 
     async def undone(self, ids: list[str]) -> list[str]:
-        """Those of the requests that have not been delivered, in the file as well."""
+        """Those of the requests that have not been delivered, in the file as well. Raises Busy when that
+        cannot be read: nothing is known then, and who asks must not take it for a no.
+        """
         found = [id for id in ids if id in self._seqs]
         rest = [id for id in ids if id not in self._seqs]
-        for start in range(0, len(rest), _ASKED_AT_ONCE):
-            found += await self.journal.ask(self.journal.file.undone, rest[start : start + _ASKED_AT_ONCE])
+        try:
+            for start in range(0, len(rest), _ASKED_AT_ONCE):
+                asked = rest[start : start + _ASKED_AT_ONCE]
+                found += await self.journal.ask(self.journal.file.undone, asked)
+        except (sqlite3.Error, RuntimeError) as error:
+            raise Busy(f"the journal cannot be used: {printable(error)}") from None
         return found
 
     def store(
