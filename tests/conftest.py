@@ -85,5 +85,11 @@ def release(tmp_path: Path) -> Iterator[Fifo]:
 
 
 @pytest.fixture
+def fifos(started: Fifo, release: Fifo) -> tuple[Fifo, Fifo]:
+    """What a task tells that it has begun, and what it waits for."""
+    return started, release
+
+
+@pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> range:
     return range(request.config.getoption("--rounds"))

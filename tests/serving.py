@@ -31,6 +31,11 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return {**kept, "XDG_RUNTIME_DIR": str(folder), "PYTHONPATH": f"{HERE}{os.pathsep}{PROJECT}", **more}
 
 
+def serve_command(path: Path, *arguments: str) -> list[str]:
+    """A supervisor of `servedtasks` with one worker, at `path`."""
+    return [sys.executable, "-m", "workers", "servedtasks", "-w", "1", "--socket", str(path), *arguments]
+
+
 class Served:
     """`python -m workers servedtasks`, ready when it is made. Its stderr is kept in a file."""
 

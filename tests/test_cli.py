@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from doors import ServedDoor
 from peers import WAIT
-from serving import Fifo, Served, environment
+from serving import Fifo, Served, environment, serve_command
 
 import acomm
 from workers.calling import json_types, read_value
@@ -274,17 +274,7 @@ class TestServe:
         read, write = os.pipe()
         os.close(read)
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "workers",
-                "servedtasks",
-                "-w",
-                "1",
-                "--socket",
-                str(tmp_path / "s"),
-                "--until-eof",
-            ],
+            serve_command(tmp_path / "s", "--until-eof"),
             env=environment(tmp_path),
             stdin=subprocess.PIPE,
             stdout=write,
@@ -319,17 +309,7 @@ class TestServe:
         (tmp_path / "file").write_text("x")
         with open(tmp_path / "file") as file:
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "workers",
-                    "servedtasks",
-                    "-w",
-                    "1",
-                    "--socket",
-                    str(tmp_path / "s"),
-                    "--until-eof",
-                ],
+                serve_command(tmp_path / "s", "--until-eof"),
                 env=environment(tmp_path),
                 stdin=file if stdin == "file" else stdin,
                 capture_output=True,

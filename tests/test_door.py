@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from doors import JSON, SECURITY, Caller, HttpHook, ServedDoor
 from peers import WAIT
-from serving import Fifo, Hook, environment, request
+from serving import Fifo, Hook, environment, request, serve_command
 
 from workers import launch
 from workers.errors import ConfigError
@@ -691,17 +691,7 @@ def read_reply(file: Any) -> tuple[int, bytes]:
 def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A supervisor that is expected not to start."""
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "workers",
-            "servedtasks",
-            "-w",
-            "1",
-            "--socket",
-            str(folder / "s.sock"),
-            *arguments,
-        ],
+        serve_command(folder / "s.sock", *arguments),
         env=environment(folder),
         capture_output=True,
         text=True,

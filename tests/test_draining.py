@@ -14,7 +14,8 @@ from peers import WAIT
 from serving import Fifo, Served, environment
 from test_reloading import App
 
-from acomm.client import connect
+from acomm.calls import Call
+from acomm.client import Client, connect
 from acomm.errors import BadArgs, ShuttingDown
 
 pytestmark = pytest.mark.process
@@ -33,42 +34,38 @@ def draining(served: Served, *arguments: str) -> Iterator[subprocess.Popen[str]]
 
 
 @pytest.fixture
-def fifos(tmp_path: Path) -> Iterator[tuple[Fifo, Fifo]]:
-    told, go = Fifo(tmp_path / "told"), Fifo(tmp_path / "go")
-    yield told, go
-    told.close()
-    go.close()
-
-
-@pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     App(tmp_path)
     with Served(tmp_path, "--drain-timeout", "0", modules=("app",)) as supervisor:
         yield supervisor
 
 
-def test_it_waits_for_all_that_was_accepted(served: Served, fifos: tuple[Fifo, Fifo]) -> None:
+@contextmanager
+def holding(served: Served, fifos: tuple[Fifo, Fifo]) -> Iterator[tuple[Client, Call]]:
+    """A client, and a call of its that runs until `fifos` let it go."""
     told, go = fifos
     with connect(served.url, wait=0) as client:
         call = client.submit("hold", told.path, go.path)
         assert told.read() == "running"
+        yield client, call
+
+
+def test_it_waits_for_all_that_was_accepted(served: Served, fifos: tuple[Fifo, Fifo]) -> None:
+    with holding(served, fifos) as (client, call):
         with draining(served) as command:
             assert served.notified() == "STOPPING=1"
             assert command.stderr is not None
             assert command.stderr.readline().startswith("acomm: left: 1 running")
             with pytest.raises(ShuttingDown):
                 client.call("version")
-            Path(go.path).write_text("1")
+            Path(fifos[1].path).write_text("1")
             assert call.result(WAIT) == "1"
             assert command.wait(WAIT) == 0
         assert served.wait() == 0
 
 
 def test_it_waits_no_longer_than_it_is_told(served: Served, fifos: tuple[Fifo, Fifo]) -> None:
-    told, go = fifos
-    with connect(served.url, wait=0) as client:
-        call = client.submit("hold", told.path, go.path)
-        assert told.read() == "running"
+    with holding(served, fifos) as (_, call):
         with draining(served, "--timeout", "0.1") as command:
             with pytest.raises(ShuttingDown):
                 call.result(WAIT)
@@ -77,10 +74,7 @@ def test_it_waits_no_longer_than_it_is_told(served: Served, fifos: tuple[Fifo, F
 
 
 def test_a_signal_ends_the_patience(served: Served, fifos: tuple[Fifo, Fifo]) -> None:
-    told, go = fifos
-    with connect(served.url, wait=0) as client:
-        call = client.submit("hold", told.path, go.path)
-        assert told.read() == "running"
+    with holding(served, fifos) as (client, call):
         client.call("acomm.drain")
         assert served.notified() == "STOPPING=1"
         served.signal(signal.SIGTERM)

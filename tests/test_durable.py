@@ -50,14 +50,6 @@ def hook(tmp_path: Path) -> Iterator[Hook]:
         yield hook
 
 
-@pytest.fixture
-def fifos(tmp_path: Path) -> Iterator[tuple[Fifo, Fifo]]:
-    pair = Fifo(tmp_path / "started"), Fifo(tmp_path / "release")
-    yield pair
-    for fifo in pair:
-        fifo.close()
-
-
 def accepted(served: Served, *args: Any, **more: Any) -> None:
     assert json.loads(served.ask(request(*args, **more)))["error"] == ""
 

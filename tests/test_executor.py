@@ -17,7 +17,7 @@ from typing import Any
 
 import executortasks as tasks
 import pytest
-from leftovers import state, workers
+from leftovers import workers
 
 from workers import PoolExecutor
 from workers.errors import CallCancelled, TaskError, WorkerLost
@@ -27,13 +27,6 @@ pytestmark = pytest.mark.process
 
 DEADLINE = 60.0
 """Seconds; nothing here waits for it unless it fails."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    before = state()
-    yield
-    assert state() == before
 
 
 @pytest.fixture

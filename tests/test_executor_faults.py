@@ -8,13 +8,12 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import executortasks as tasks
 import psutil
 import pytest
-from leftovers import state, workers
+from leftovers import workers
 from serving import Fifo
 
 from workers import PoolExecutor
@@ -25,13 +24,6 @@ pytestmark = pytest.mark.process
 
 DEADLINE = 60.0
 """Seconds; nothing here waits for it unless it fails."""
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    before = state()
-    yield
-    assert state() == before
 
 
 # -- every fault at every step

@@ -6,9 +6,10 @@ import asyncio
 import json
 import resource
 import signal
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def serving(tmp_path: Path, place: Room[Connection]) -> UnixListener:
     return UnixListener(tmp_path / "s.sock", on_message=acknowledging, room=place)
 
 
+@asynccontextmanager
+async def crowded(tmp_path: Path) -> AsyncIterator[tuple[UnixListener, socket.socket]]:
+    """A listener whose one place is taken, by somebody who is not slow, and a connection beyond that."""
+    place = Room[Connection](1)
+    async with serving(tmp_path, place) as served:
+        with connected(served.addr) as first:
+            first.sendall(frame(message("quiet", "silence")))
+            await until(lambda: len(place) == 1 and not place._waiting)
+            with connected(served.addr) as sock:
+                yield served, sock
+
+
 class TestConnections:
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,27 +115,17 @@ class TestConnections:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(listener, "_MAX_TURNED_AWAY", 0)
-        place = Room[Connection](1)
-        async with serving(tmp_path, place) as served:
-            with connected(served.addr) as first:
-                first.sendall(frame(message("quiet", "silence")))
-                await until(lambda: len(place) == 1 and not place._waiting)
-                with connected(served.addr) as sock:
-                    told = json.loads((await blocking(read_all, sock))[4:])
-                assert (told["id"], told["error"]) == ("", "there are 1 connections, and more are not taken")
+        async with crowded(tmp_path) as (_, sock):
+            told = json.loads((await blocking(read_all, sock))[4:])
+            assert (told["id"], told["error"]) == ("", "there are 1 connections, and more are not taken")
 
     async def test_who_is_turned_away_and_says_nothing_is_closed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(listener, "PATIENCE", 0.01)
-        place = Room[Connection](1)
-        async with serving(tmp_path, place) as served:
-            with connected(served.addr) as first:
-                first.sendall(frame(message("quiet", "silence")))
-                await until(lambda: len(place) == 1 and not place._waiting)
-                with connected(served.addr) as sock:
-                    assert b"more are not taken" in await blocking(read_all, sock)
-                await until(lambda: served.connections == 1)
+        async with crowded(tmp_path) as (served, sock):
+            assert b"more are not taken" in await blocking(read_all, sock)
+            await until(lambda: served.connections == 1)
 
 
 class TestLargeMessages:
@@ -175,14 +178,6 @@ class TestLargeMessages:
 
 
 # -- a supervisor -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fifos(tmp_path: Path) -> Iterator[tuple[Fifo, Fifo]]:
-    pair = Fifo(tmp_path / "started"), Fifo(tmp_path / "release")
-    yield pair
-    for fifo in pair:
-        fifo.close()
 
 
 @pytest.mark.process

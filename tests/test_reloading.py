@@ -98,43 +98,35 @@ def test_what_imports_only_elsewhere_leaves_all_as_it_was(served: Served, client
 
 @pytest.mark.process
 def test_a_call_that_runs_finishes_on_the_old_code(
-    served: Served, client: Client, app: App, tmp_path: Path
+    served: Served, client: Client, app: App, fifos: tuple[Fifo, Fifo]
 ) -> None:
-    told, go = Fifo(tmp_path / "told"), Fifo(tmp_path / "go")
-    try:
-        calls = [client.submit("hold", told.path, go.path)]
-        assert told.read() == "running"
-        for number in (2, 3):
-            app.write(number)
-            client.call("acomm.reload")
-            served.until(lambda stats: sum(worker["state"] == "ready" for worker in stats["workers"]) >= 2)
-            assert f"version {number}" in versions(client)
-        assert not calls[0].done()
-        Path(go.path).write_text("1")
-        assert calls[0].result(WAIT) == "1"
-        settled(served)
-        assert versions(client) == {"version 3"}
-    finally:
-        told.close()
-        go.close()
+    told, go = fifos
+    calls = [client.submit("hold", told.path, go.path)]
+    assert told.read() == "running"
+    for number in (2, 3):
+        app.write(number)
+        client.call("acomm.reload")
+        served.until(lambda stats: sum(worker["state"] == "ready" for worker in stats["workers"]) >= 2)
+        assert f"version {number}" in versions(client)
+    assert not calls[0].done()
+    Path(go.path).write_text("1")
+    assert calls[0].result(WAIT) == "1"
+    settled(served)
+    assert versions(client) == {"version 3"}
 
 
 @pytest.mark.process
-def test_a_later_reload_wins(served: Served, client: Client, app: App, tmp_path: Path) -> None:
-    told, go = Fifo(tmp_path / "told"), Fifo(tmp_path / "go")
-    try:
-        app.write(2, more=f"open({told.path!r}, 'w').write('loading'); open({go.path!r}).read(1)")
-        first = client.submit("acomm.reload")
-        assert told.read() == "loading"
-        app.write(3)
-        client.call("acomm.reload")
-        with pytest.raises(AcommError, match="later reload"):
-            first.result(WAIT)
-        settled(served)
-        assert versions(client) == {"version 3"}
-    finally:
-        told.close()
-        go.close()
+def test_a_later_reload_wins(served: Served, client: Client, app: App, fifos: tuple[Fifo, Fifo]) -> None:
+    told, go = fifos
+    app.write(2, more=f"open({told.path!r}, 'w').write('loading'); open({go.path!r}).read(1)")
+    first = client.submit("acomm.reload")
+    assert told.read() == "loading"
+    app.write(3)
+    client.call("acomm.reload")
+    with pytest.raises(AcommError, match="later reload"):
+        first.result(WAIT)
+    settled(served)
+    assert versions(client) == {"version 3"}
 
 
 @pytest.mark.process
