@@ -460,10 +460,10 @@ class TestFromEverywhere:
         calls = {str(n): client.submit("add", n) for n in range(10_000)}
         assert acomm.gather(calls).result(WAIT) == {str(n): n for n in range(10_000)}
 
-    async def test_ten_thousand_gathered_in_a_loop(self, client: Client) -> None:
-        calls = {str(n): client.submit("add", n) for n in range(10_000)}
+    async def test_thousands_gathered_in_a_loop(self, client: Client) -> None:
+        calls = {str(n): client.submit("add", n) for n in range(2000)}
         async with asyncio.timeout(WAIT):
-            assert await acomm.gather(calls) == {str(n): n for n in range(10_000)}
+            assert await acomm.gather(calls) == {str(n): n for n in range(2000)}
 
     async def test_threads_and_loops_share_a_client(self, client: Client) -> None:
         async def awaiting(first: int) -> int:

@@ -379,7 +379,7 @@ async def test_a_silent_peer_is_given_up_in_time_and_others_do_not_wait(
         GrantingPeer(tmp_path / "silent.sock", decide) as silent,
         GrantingPeer(tmp_path / "good.sock") as good,
     ):
-        async with channels(timeout=1.5) as out:
+        async with channels(timeout=1.0) as out:
             if granted:
                 await out.send(silent.url, Request("t", id="first"))
             outcomes = Outcomes()

@@ -225,11 +225,11 @@ def test_workers_that_are_replaced_after_each_call() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_deaths_at_any_moment_cost_no_other_call_its_bytes(seed: int) -> None:
+def test_deaths_at_any_moment_cost_no_other_call_its_bytes(seed: int, rounds: range) -> None:
     rng = random.Random(seed)
     kept = []
     with PoolExecutor(2, shared_memory=SHARED) as pool:
-        for round in range(12):
+        for round in range(6 * len(rounds)):
             sizes = [rng.choice([200_000, SIZE, 3 * SIZE]) for _ in range(8)]
             futures = [
                 pool.submit(largetasks.checked, largetasks.made(n, size), round * 100 + n, size)
