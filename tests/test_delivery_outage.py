@@ -15,10 +15,11 @@ import pytest
 from peers import WAIT, GoPeer, ack, frame
 
 from acomm import Response, channel
-from acomm.channel import Channels, Outgoing
+from acomm.channel import Channels
 from acomm.delivery import GIVE_UP_AFTER, LONGEST_BACKOFF, Delivery
 from acomm.errors import AcommError, ConnectionLost
 from acomm.origin import Origin
+from acomm.outgoing import Outgoing
 
 BOTH_LOOPS = True
 HOUR = 3600.0

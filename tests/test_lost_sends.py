@@ -9,7 +9,7 @@ import pytest
 from test_pool import add
 from test_pool_limits import driven
 
-from workers.dispatcher import MAX_WINDOW
+from workers.assigning import MAX_WINDOW
 
 pytestmark = pytest.mark.process
 

@@ -32,8 +32,9 @@ import uvloop
 from acomm import Request
 from acomm.acks import ok_ack
 from acomm.channel import Channels
+from acomm.connection import Connection
 from acomm.errors import AcommError
-from acomm.listener import Connection, UnixListener
+from acomm.listener import UnixListener
 from acomm.origin import Origin
 from acomm.outgoing import Outgoing
 from acomm.urls import unix_url

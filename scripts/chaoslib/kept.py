@@ -9,8 +9,9 @@ from pathlib import Path
 
 from acomm.acks import ok_ack
 from acomm.channel import Channels
+from acomm.connection import Connection
 from acomm.errors import AcommError, ConnectionLost
-from acomm.listener import Connection, UnixListener
+from acomm.listener import UnixListener
 from acomm.messages import Request
 from acomm.outgoing import Outgoing
 from acomm.urls import unix_url

@@ -14,9 +14,9 @@ import msgspec
 
 from acomm.accepted import Accepted
 from acomm.acks import salvage
+from acomm.connection import Connection
 from acomm.errors import AcommError, Busy
 from acomm.framing import Framer, FrameTooLarge, frame
-from acomm.listener import Connection
 from acomm.messages import Request, Response
 from acomm.tracker import Tracker
 from fuzzing.connections import TURNS, Connected, Wire, pieces, settled
