@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import ack
+from peers import ack, connected, frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
 from acomm.errors import BadRequest
+from workers.journalfile import ENDED, JournalFile
 
 pytestmark = pytest.mark.process
 
@@ -272,7 +273,7 @@ def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Pat
 
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
     """Those of what is stored come later than refusals, but not behind them."""
-    from peers import connected, frame, read_frame
+    from peers import read_frame
 
     served = serve()
     messages = [request(f"r{n}", "add" if n % 2 else "unknown", hook.url, [1], acomm=1) for n in range(20)]
@@ -346,6 +347,39 @@ class TestFailed:
         assert "1 request forgotten" in self.run(served, "purge", "--all")
         assert self.run(served, "failed") == ""
         assert "no failed request" in self.run(served, "replay", "b", status=1)
+
+    def test_one_that_is_replayed_twice_at_once_runs_once(
+        self, serve: Serve, hook: Hook, tmp_path: Path
+    ) -> None:
+        served = serve()
+        runs = tmp_path / "runs"
+        accepted(served, "a", "noted_failure", hook.url, [str(runs)])
+        hook.answer()
+        served.until(lambda stats: not stats["journal"]["unfinished"])
+        with Hook(tmp_path / "verbs") as verbs:
+            frames = [frame(request(f"v{n}", "acomm.replay", verbs.url, ["a"], acomm=1)) for n in range(5)]
+            with connected(served.path) as sock:
+                sock.sendall(b"".join(frames))
+                answers = [verbs.answer() for _ in frames]
+        assert sum(answer["result"] is True for answer in answers) == 1
+        hook.answer()
+        served.until(lambda stats: not stats["journal"]["unfinished"])
+        assert runs.read_text() == "a\na\n"
+
+    def test_one_whose_answer_a_recovery_has_yet_to_deliver_is_not_replayed(
+        self, serve: Serve, tmp_path: Path
+    ) -> None:
+        served = serve()
+        nobody = f"unix://{tmp_path}/nobody.sock"
+        accepted(served, "a", "fail", nobody, ["for good"])
+        served.until(lambda stats: stats["hooks"]["pending"])
+        die(served)
+        file = JournalFile(str(tmp_path / "j.db"))
+        row = file.find("a")
+        assert row is not None
+        assert row.state == ENDED
+        assert file.replay(row.seq) == 0
+        file.close()
 
     def test_dead_letters_are_among_them(self, serve: Serve, tmp_path: Path) -> None:
         served = serve()

@@ -313,12 +313,12 @@ class JournalFile:
         for chunk in _chunks(seqs):
             self._change(f"UPDATE requests SET boots = 0 WHERE seq IN ({_marks(chunk)})", chunk)
 
-    def replay(self, seq: int) -> None:
-        """Have a failed request run, or its answer delivered, once more."""
-        self._change(
+    def replay(self, seq: int) -> int:
+        """Have a failed request run, or its answer delivered, once more; 0 if it is under way already."""
+        return self._change(
             "UPDATE requests SET boots = 0, accepted = ?, state = iif(code = 'undelivered' AND "
             "response IS NOT NULL, 1, 0), code = NULL, response = iif(code = 'undelivered', response, NULL) "
-            "WHERE seq = ?",
+            "WHERE seq = ? AND state >= 2",
             (self._wall(), seq),
         )
 

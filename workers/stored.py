@@ -249,6 +249,8 @@ class Recovery:
         if seqs:
             await journal.ask(journal.file.taken_up, seqs)
         for row in rows:
+            if row.id in self._stored:
+                continue  # it was replayed meanwhile
             left = self._stored.take_up(row)
             if left is None:
                 continue
