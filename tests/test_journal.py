@@ -146,6 +146,24 @@ async def test_one_that_fails_when_it_is_told_does_not_keep_others_from_it(
     assert "a fault" in caplog.text
 
 
+async def test_nothing_is_taken_that_no_other_would_find(kit: Kit) -> None:
+    """Somebody has deleted the file: it takes what is written, and is gone when we are."""
+    seq = kit.accept("a")
+    await kit.told.until(1)
+    away = f"{kit.file.path}.away"
+    os.rename(kit.file.path, away)
+    kit.accept("b")
+    await kit.told.until(2)
+    assert kit.told["b"].code == "busy"
+    assert "moved or deleted" in str(kit.told["b"])
+    kit.journal.end(Ending(seq, b"answer", None), kit.told("ended"))
+    await kit.told.until(3)
+    os.rename(away, kit.file.path)
+    kit.accept("c")
+    await kit.told.until(4)
+    assert kit.told["c"] is None
+
+
 class TestNoSpace:
     async def test_what_is_new_is_refused_and_what_was_promised_is_kept(self, kit: Kit) -> None:
         seq = kit.accept("a")

@@ -78,7 +78,7 @@ class StoredRequests:
         return {
             "path": journal.file.path,
             "epoch": journal.file.epoch,
-            "state": "failed" if journal.broken is not None else "full" if journal.full else "writing",
+            "state": _state(journal),
             "unfinished": len(self._seqs),
             "commits": journal.commits,
             "rows": journal.rows,
@@ -268,3 +268,9 @@ class Recovery:
         while len(self._under_way) > most:
             self._room.clear()
             await self._room.wait()
+
+
+def _state(journal: Journal) -> str:
+    if journal.broken is not None:
+        return "failed"
+    return "moved" if journal.moved else "full" if journal.full else "writing"
