@@ -20,7 +20,7 @@ from acomm.messages import Request, Response
 from acomm.origin import Origin
 from workers.errors import AcommError, Busy, CallTimeout, Poisoned, printable
 from workers.journal import Journal, Stored
-from workers.journalfile import ACCEPTED, Ending, Entry, Row
+from workers.journalfile import ACCEPTED, Ending, Entry, Row, out_of_space
 
 log = logging.getLogger("acomm.journal")
 
@@ -34,6 +34,7 @@ MAX_PENDING = 20_000
 """Answers on their way beyond which no more are read from the file."""
 
 _ASKED_AT_ONCE = 500  # rows that are looked up between two commits
+_FULL = 0.5  # seconds between tries to write where there is no space
 _CHECK = 0.05  # seconds between looks whether there is room
 _NO_FAULT = frozenset({"cancelled"})
 """Errors by which nobody has failed: such requests are not kept."""
@@ -246,8 +247,14 @@ class Recovery:
     async def _take_up(self, rows: list[Row]) -> None:
         journal = self._stored.journal
         seqs = [row.seq for row in rows if row.state == ACCEPTED and row.boots < MAX_BOOTS]
-        if seqs:
-            await journal.ask(journal.file.taken_up, seqs)
+        while seqs:
+            try:
+                await journal.ask(journal.file.taken_up, seqs)
+                break
+            except sqlite3.Error as error:
+                if not out_of_space(error):
+                    raise
+            await asyncio.sleep(_FULL)  # requests are refused meanwhile; these have been promised
         for row in rows:
             if row.id in self._stored:
                 continue  # it was replayed meanwhile
