@@ -271,6 +271,17 @@ def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Pat
     assert rows(tmp_path, "id") == []
 
 
+def test_what_nobody_knows_in_a_large_message_is_not_stored(serve: Serve, hook: Hook, tmp_path: Path) -> None:
+    """It is not counted as arguments are, and would fill the disk."""
+    served = serve()
+    accepted(served, "a", "fail", hook.url, ["x"], unknown="x" * 100_000)
+    hook.answer()
+    served.signal(signal.SIGTERM)
+    served.wait()
+    ((size,),) = rows(tmp_path, "length(message)")
+    assert size < 1000
+
+
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
     """Those of what is stored come later than refusals, but not behind them."""
     from peers import read_frame
