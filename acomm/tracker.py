@@ -605,6 +605,9 @@ class Tracker:
             answer = Response(request.id, error=error)
             asyncio.get_running_loop().call_soon(self.settle, answer)
             return
+        except BaseException:
+            self._take(request.id)  # whoever called is told by this, and not once more at the timeout
+            raise
 
         def acknowledged(error: AcommError | None) -> None:
             if error is not None:

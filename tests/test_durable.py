@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from peers import ack, connected, frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
 from acomm.errors import BadRequest
+from acomm.messages import Request
+from acomm.origin import Origin
+from workers import Supervisor
 from workers.journalfile import ENDED, JournalFile
 
 pytestmark = pytest.mark.process
@@ -280,6 +284,35 @@ def test_what_nobody_knows_in_a_large_message_is_not_stored(serve: Serve, hook: 
     served.wait()
     ((size,),) = rows(tmp_path, "length(message)")
     assert size < 1000
+
+
+async def test_a_fault_of_ours_leaves_the_accounts_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would close the door in time, or never."""
+    tmp_path.chmod(0o700)
+
+    def broken(*args: Any, **more: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    hook, origin = f"unix://{tmp_path}/hook.sock", Origin.unix(os.getuid())
+    told: list[Any] = []
+    settings: dict[str, Any] = {"socket": tmp_path / "s.sock", "journal": tmp_path / "j.db", "workers": 1}
+    async with Supervisor("durabletasks", **settings) as supervisor:
+        monkeypatch.setattr(supervisor.tracker, "new_stream_unix", broken)
+        passed_on = Request("add", msgspec.Raw(b"[1]"), response_hook=hook, task_url=f"unix://{tmp_path}/t")
+        passed_on = msgspec.structs.replace(passed_on, stream_url=f"unix://{tmp_path}/stream")
+        examined = supervisor._examine(passed_on, origin, None)
+        assert examined is not None
+        supervisor.admission.take(examined.account, examined.size)
+        assert supervisor.begin(examined) is not None
+        assert supervisor.tracker.num_requests == 0, "nor is it answered by its timeout"
+        assert supervisor.keeper is not None
+        monkeypatch.setattr(supervisor.keeper.stored, "store", broken)
+        request = Request("add", msgspec.Raw(b"[1]"), response_hook=hook)
+        supervisor.offer(request, origin, lambda *decided: told.append(decided))
+        assert "the supervisor failed" in str(told[0][0])
+        assert supervisor.admission.total.requests == 0
 
 
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:

@@ -359,12 +359,12 @@ class Supervisor:
         try:
             examined = self._examine(request, origin, resolve)
             if examined is not None:
-                self.admission.take(examined.account, examined.size)
                 # Who waits for the answer itself has been promised nothing until it comes.
                 if self.keeper is not None and resolve is None:
-                    self.keeper.store(examined, decided, message)
+                    self._store(self.keeper, examined, decided, message)
                     return
                 accepted = self.outlook.standing(examined)
+                self.admission.take(examined.account, examined.size)
                 self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
@@ -374,6 +374,14 @@ class Supervisor:
             decided(error)
         else:
             decided(None, accepted)
+
+    def _store(self, keeper: Keeper, examined: Examined, decided: Decided, message: bytes | None) -> None:
+        self.admission.take(examined.account, examined.size)
+        try:
+            keeper.store(examined, decided, message)
+        except BaseException:
+            self.admission.release(examined.account, examined.size)
+            raise
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
