@@ -561,11 +561,12 @@ class Tracker:
         origin: Origin | None = None,
         resolve: Callable[[Response], None] | None = None,
         delivered: Finished | None = None,
+        proxied: bool = True,
     ) -> None:
-        """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
-        `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes wrong, and
-        the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed and not set
-        up.
+        """Have the service at the request's task URL serve it, and pass its answer on to the hook, if it is
+        `proxied`, and to `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes
+        wrong, and the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed
+        and not set up.
 
         Hook and stream of the request are replaced by our own: the next service judges them by who we are.
         """
@@ -587,7 +588,7 @@ class Tracker:
         self.track(
             request,
             timeout,
-            proxied=True,
+            proxied=proxied,
             resolve=answered,
             origin=origin,
             external=external,

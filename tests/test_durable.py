@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from peers import ack, connected, frame
+from peers import ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
@@ -109,6 +109,28 @@ def test_an_answer_that_its_hook_has_not_taken_is_posted_again(serve: Serve, tmp
         serve()
         assert hook.answer()["result"] == 7
     assert Path(runs).read_text() == "a 7\n", "it has not run again"
+
+
+def test_what_another_service_has_answered_is_stored_before_it_is_told(
+    serve: Serve, hook: Hook, tmp_path: Path
+) -> None:
+    """Asked again by the next supervisor, it might say something else."""
+    served = serve()
+    with Hook(tmp_path / "service.sock") as service:
+        accepted(served, "f", "x", hook.url, [1], taskURL=service.url, streamURL=None)
+        passed_on = json.loads(service.next()[4:])
+        with connected(passed_on["responseHook"]["Path"]) as sock:
+            answer = {"error": "", "id": "f", "result": 42, "streamURL": None}
+            sock.sendall(frame(json.dumps(answer).encode()))
+            assert json.loads(read_frame(sock))["error"] == ""
+        assert hook.answer()["result"] == 42
+        ((response,),) = rows(tmp_path, "response IS NOT NULL OR state = 2")
+        assert response
+        die(served)
+        served = serve()
+        served.until(lambda stats: not stats["journal"]["unfinished"] and not stats["hooks"]["pending"])
+        assert service.received.empty()
+        assert served.stats()["counts"].get("forwarded", 0) == 0
 
 
 def test_an_ack_with_an_error_is_no_delivery(serve: Serve, tmp_path: Path) -> None:
@@ -317,8 +339,6 @@ async def test_a_fault_of_ours_leaves_the_accounts_right(
 
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
     """Those of what is stored come later than refusals, but not behind them."""
-    from peers import read_frame
-
     served = serve()
     messages = [request(f"r{n}", "add" if n % 2 else "unknown", hook.url, [1], acomm=1) for n in range(20)]
     with connected(served.path) as sock:
