@@ -52,6 +52,8 @@ Handler = Callable[["Request", "Response"], Any]
 MAX_PRIORITY = 2**31 - 1
 """Either way of zero; what a database column and every other language's integer hold."""
 
+_SPARE = 16 * 1024  # bytes of a message besides its arguments that may be kept with them
+
 GENERATIONS = (1, 2, 3)
 
 RESERVED = "acomm."
@@ -158,6 +160,8 @@ class Request(_Positional, frozen=True, kw_only=True):
         args = get("args")
         if args is not None:
             jsontext.check_value(args, "args")
+            if len(data) > len(memoryview(args)) + _SPARE:
+                args = args.copy()  # it would keep all of the message, which nobody counts
         request = cls(
             read_text(get("task"), "task"),
             args,

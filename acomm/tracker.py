@@ -215,11 +215,12 @@ class Tracker(Tracking):
         origin: Origin | None = None,
         resolve: Callable[[Response], None] | None = None,
         delivered: Finished | None = None,
+        proxied: bool = True,
     ) -> None:
-        """Have the service at the request's task URL serve it, and pass its answer on to the hook and to
-        `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes wrong, and
-        the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed and not set
-        up.
+        """Have the service at the request's task URL serve it, and pass its answer on to the hook, if it is
+        `proxied`, and to `resolve`; `delivered` is that of `track`. `origin` has chosen the URLs. What goes
+        wrong, and the service's refusal, is the answer. Raises Conflict, and ConfigError when HTTP is needed
+        and not set up.
 
         Hook and stream of the request are replaced by our own: the next service judges them by who we are.
         """
@@ -241,7 +242,7 @@ class Tracker(Tracking):
         self.track(
             request,
             timeout,
-            proxied=True,
+            proxied=proxied,
             resolve=answered,
             origin=origin,
             external=external,
@@ -259,6 +260,9 @@ class Tracker(Tracking):
             answer = Response(request.id, error=error)
             asyncio.get_running_loop().call_soon(self.settle, answer)
             return
+        except BaseException:
+            self._take(request.id)  # whoever called is told by this, and not once more at the timeout
+            raise
 
         def acknowledged(error: AcommError | None) -> None:
             if error is not None:

@@ -25,6 +25,13 @@ def noted(path: str, value: int) -> int:
 
 
 @task
+def noted_failure(path: str) -> None:
+    """Leaves a trace of its run, and fails."""
+    note(path, context().request_id)
+    raise ValueError("for good")
+
+
+@task
 def kill_supervisor(pid_file: str, runs: str) -> None:
     """What no supervisor survives."""
     note(runs, str(os.getpid()))

@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from peers import ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
 from acomm.errors import BadRequest
-from workers.journalfile import DELIVERED
+from acomm.messages import Request
+from acomm.origin import Origin
+from workers import Supervisor
+from workers.journalfile import DELIVERED, ENDED, JournalFile
 from workers.stored import IN_FLIGHT, PAGE
 
 pytestmark = pytest.mark.process
@@ -98,6 +102,28 @@ def test_an_answer_that_its_hook_has_not_taken_is_posted_again(serve: Serve, tmp
         serve()
         assert hook.answer()["result"] == 7
     assert Path(runs).read_text() == "a 7\n", "it has not run again"
+
+
+def test_what_another_service_has_answered_is_stored_before_it_is_told(
+    serve: Serve, hook: Hook, tmp_path: Path
+) -> None:
+    """Asked again by the next supervisor, it might say something else."""
+    served = serve()
+    with Hook(tmp_path / "service.sock") as service:
+        accepted(served, "f", "x", hook.url, [1], taskURL=service.url, streamURL=None)
+        passed_on = json.loads(service.next()[4:])
+        with connected(passed_on["responseHook"]["Path"]) as sock:
+            answer = {"error": "", "id": "f", "result": 42, "streamURL": None}
+            sock.sendall(frame(json.dumps(answer).encode()))
+            assert json.loads(read_frame(sock))["error"] == ""
+        assert hook.answer()["result"] == 42
+        ((response,),) = rows(tmp_path, "response IS NOT NULL OR state = 2")
+        assert response
+        die(served)
+        served = serve()
+        served.until(lambda stats: not stats["journal"]["unfinished"] and not stats["hooks"]["pending"])
+        assert service.received.empty()
+        assert served.stats()["counts"].get("forwarded", 0) == 0
 
 
 def test_an_ack_with_an_error_is_no_delivery(serve: Serve, tmp_path: Path) -> None:
@@ -303,6 +329,46 @@ def test_refusals_and_verbs_leave_no_row(serve: Serve, hook: Hook, tmp_path: Pat
     assert rows(tmp_path, "id") == []
 
 
+def test_what_nobody_knows_in_a_large_message_is_not_stored(serve: Serve, hook: Hook, tmp_path: Path) -> None:
+    """It is not counted as arguments are, and would fill the disk."""
+    served = serve()
+    accepted(served, "a", "fail", hook.url, ["x"], unknown="x" * 100_000)
+    hook.answer()
+    served.signal(signal.SIGTERM)
+    served.wait()
+    ((size,),) = rows(tmp_path, "length(message)")
+    assert size < 1000
+
+
+async def test_a_fault_of_ours_leaves_the_accounts_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would close the door in time, or never."""
+    tmp_path.chmod(0o700)
+
+    def broken(*args: Any, **more: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    hook, origin = f"unix://{tmp_path}/hook.sock", Origin.unix(os.getuid())
+    told: list[Any] = []
+    settings: dict[str, Any] = {"socket": tmp_path / "s.sock", "journal": tmp_path / "j.db", "workers": 1}
+    async with Supervisor("durabletasks", **settings) as supervisor:
+        monkeypatch.setattr(supervisor.tracker, "new_stream_unix", broken)
+        passed_on = Request("add", msgspec.Raw(b"[1]"), response_hook=hook, task_url=f"unix://{tmp_path}/t")
+        passed_on = msgspec.structs.replace(passed_on, stream_url=f"unix://{tmp_path}/stream")
+        examined = supervisor._examine(passed_on, origin, None)
+        assert examined is not None
+        supervisor.admission.take(examined.account, examined.size)
+        assert supervisor.begin(examined) is not None
+        assert supervisor.tracker.num_requests == 0, "nor is it answered by its timeout"
+        assert supervisor.keeper is not None
+        monkeypatch.setattr(supervisor.keeper.stored, "store", broken)
+        request = Request("add", msgspec.Raw(b"[1]"), response_hook=hook)
+        supervisor.offer(request, origin, lambda *decided: told.append(decided))
+        assert "the supervisor failed" in str(told[0][0])
+        assert supervisor.admission.total.requests == 0
+
+
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:
     """Those of what is stored come later than refusals, but not behind them."""
     served = serve()
@@ -377,6 +443,39 @@ class TestFailed:
         assert "1 request forgotten" in self.run(served, "purge", "--all")
         assert self.run(served, "failed") == ""
         assert "no failed request" in self.run(served, "replay", "b", status=1)
+
+    def test_one_that_is_replayed_twice_at_once_runs_once(
+        self, serve: Serve, hook: Hook, tmp_path: Path
+    ) -> None:
+        served = serve()
+        runs = tmp_path / "runs"
+        accepted(served, "a", "noted_failure", hook.url, [str(runs)])
+        hook.answer()
+        served.until(lambda stats: not stats["journal"]["unfinished"])
+        with Hook(tmp_path / "verbs") as verbs:
+            frames = [frame(request(f"v{n}", "acomm.replay", verbs.url, ["a"], acomm=1)) for n in range(5)]
+            with connected(served.path) as sock:
+                sock.sendall(b"".join(frames))
+                answers = [verbs.answer() for _ in frames]
+        assert sum(answer["result"] is True for answer in answers) == 1
+        hook.answer()
+        served.until(lambda stats: not stats["journal"]["unfinished"])
+        assert runs.read_text() == "a\na\n"
+
+    def test_one_whose_answer_a_recovery_has_yet_to_deliver_is_not_replayed(
+        self, serve: Serve, tmp_path: Path
+    ) -> None:
+        served = serve()
+        nobody = f"unix://{tmp_path}/nobody.sock"
+        accepted(served, "a", "fail", nobody, ["for good"])
+        served.until(lambda stats: stats["hooks"]["pending"])
+        die(served)
+        file = JournalFile(str(tmp_path / "j.db"))
+        row = file.find("a")
+        assert row is not None
+        assert row.state == ENDED
+        assert file.replay(row.seq) == 0
+        file.close()
 
     def test_dead_letters_are_among_them(self, serve: Serve, tmp_path: Path) -> None:
         served = serve()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from workers import journal as module
+from workers import stored
 from workers.errors import AcommError
 from workers.journal import MAX_BATCH, MAX_ERRANDS, Journal
 from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
@@ -88,7 +89,8 @@ class Kit:
 
     def accept(self, id: str) -> int:
         seq = self.journal.new_seq()
-        entry = Entry(seq, id, b"d", "t", b"{}", 3, True, "unix:0", 1.0)
+        message = b'{"id":"%b","task":"t","responseHook":null,"args":null}' % id.encode()
+        entry = Entry(seq, id, b"d", "t", message, 3, True, "unix:0", 1.0)
         self.journal.accept(entry, self.told(id))
         return seq
 
@@ -146,6 +148,24 @@ async def test_one_that_fails_when_it_is_told_does_not_keep_others_from_it(
     assert "a fault" in caplog.text
 
 
+async def test_nothing_is_taken_that_no_other_would_find(kit: Kit) -> None:
+    """Somebody has deleted the file: it takes what is written, and is gone when we are."""
+    seq = kit.accept("a")
+    await kit.told.until(1)
+    away = f"{kit.file.path}.away"
+    os.rename(kit.file.path, away)
+    kit.accept("b")
+    await kit.told.until(2)
+    assert kit.told["b"].code == "busy"
+    assert "moved or deleted" in str(kit.told["b"])
+    kit.journal.end(Ending(seq, b"answer", None), kit.told("ended"))
+    await kit.told.until(3)
+    os.rename(away, kit.file.path)
+    kit.accept("c")
+    await kit.told.until(4)
+    assert kit.told["c"] is None
+
+
 class TestNoSpace:
     async def test_what_is_new_is_refused_and_what_was_promised_is_kept(self, kit: Kit) -> None:
         seq = kit.accept("a")
@@ -166,6 +186,30 @@ class TestNoSpace:
         kit.accept("c")
         await kit.told.until(4)
         assert kit.told["c"] is None
+
+    async def test_a_recovery_goes_on_when_there_is_space(
+        self, kit: Kit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stored, "_FULL", 0.001)
+        for n in range(3):
+            kit.accept(f"r{n}")
+        await kit.told.until(3)
+        faults = [error(sqlite3.SQLITE_FULL)] * 2
+        taken_up = kit.file.taken_up
+
+        def full_at_first(seqs: Sequence[int]) -> None:
+            if faults:
+                raise faults.pop()
+            taken_up(seqs)
+
+        monkeypatch.setattr(kit.file, "taken_up", full_at_first)
+        monkeypatch.setattr(kit.file, "last", 3)
+        begun: list[str] = []
+        recovery = stored.Recovery(
+            StoredRequests(kit.journal), lambda left: begun.append(left.request.id), lambda: 0, few=1
+        )
+        await asyncio.wait_for(recovery.run(), WAIT)
+        assert begun == ["r0", "r1", "r2"]
 
     async def test_a_refused_one_is_not_there(self, kit: Kit) -> None:
         kit.file.faults = [error(sqlite3.SQLITE_FULL)]

@@ -274,6 +274,28 @@ class TestWhoseFile:
         file.close()
         opened(path, wall).close()
 
+    def test_it_is_held_though_its_lock_file_is_tidied_away(self, path: str, wall: Clock) -> None:
+        file = opened(path, wall)
+        os.unlink(f"{path}.lock")
+        assert "in use by another supervisor" in self.refused(path)
+        file.write(batch(entries=[entry(1)]))
+        file.close()
+        opened(path, wall).close()
+
+    @pytest.mark.parametrize("part", ["", "-wal"])
+    def test_whether_it_is_where_the_next_one_looks(self, path: str, wall: Clock, part: str) -> None:
+        file = opened(path, wall)
+        file.write(batch(entries=[entry(1)]))
+        file.checkpoint()
+        assert file.in_place()
+        os.rename(path + part, f"{path}.away")
+        assert not file.in_place()
+        Path(path + part).write_bytes(b"")
+        assert not file.in_place()
+        os.rename(f"{path}.away", path + part)
+        assert file.in_place()
+        file.close()
+
     def test_no_database(self, path: str) -> None:
         Path(path).write_bytes(b"something else, and long enough to be looked at as a header" * 20)
         os.chmod(path, 0o600)

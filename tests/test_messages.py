@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import sys
 import uuid
 from typing import Any
 
@@ -626,3 +627,12 @@ async def test_the_handler_that_fits_is_run() -> None:
     await Request("t").handle_response(good)
     assert ran == [("success", request, good), ("error", request, bad)]
     assert messages.Handlers.pack(None, None) is None
+
+
+def test_arguments_do_not_keep_a_message_that_is_much_larger() -> None:
+    """What is in it besides is dropped, and counts for nobody."""
+    data = b'{"id":"a","task":"t","responseHook":null,"args":[1],"unknown":"%b"}' % (b"x" * 100_000)
+    before = sys.getrefcount(data)
+    request = Request.decode(data)
+    assert bytes(request.args) == b"[1]"
+    assert sys.getrefcount(data) == before

@@ -144,3 +144,15 @@ class TestInheritance:
         first.inherit([("a", b"1")])
         second.inherit(first.export())
         assert second.known("a", 0) == b"1"
+
+
+def test_an_id_that_is_answered_again_counts_once() -> None:
+    """As one that is replayed: its earlier answers must not take the room of others'."""
+    recent = Recent(max_bytes=2000)
+    for _ in range(10):
+        recent.begin("a", b"d")
+        recent.finish(response("a", b'"%b"' % (b"x" * 500)), 1.0)
+    recent.begin("b", b"d")
+    recent.finish(response("b"), 1.0)
+    assert recent.known("a", 1.0) == b"d"
+    assert recent.known("b", 1.0) == b"d"

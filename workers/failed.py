@@ -82,11 +82,11 @@ class FailedRequests:
         row = await self._one(stored, asked.id)
         if row.message is None:
             raise BadArgs(f"the arguments of the request {printable(asked.id)} are not kept any more")
-        if asked.id in stored:
+        # Those of earlier supervisors may still wait to be taken up, so the file has the last word.
+        if asked.id in stored or not await _ask(stored, stored.journal.file.replay, row.seq):
             raise BadArgs(f"the request {printable(asked.id)} is under way; its hook has not answered yet")
-        await _ask(stored, stored.journal.file.replay, row.seq)
         again = await _ask(stored, stored.journal.file.find, asked.id)
-        if again is not None and (left := stored.take_up(again)) is not None:
+        if again is not None and asked.id not in stored and (left := stored.take_up(again)) is not None:
             self._keeper().take_up(left)
         return True
 

@@ -50,6 +50,7 @@ COMPACT_AFTER = COMPACTED_AT_ONCE
 there is something to do. A request has two, so more are looked at than come.
 """
 
+_MOVED = "the file of the supervisor's journal was moved or deleted"
 _UNTOLD = "what waited for the journal failed"
 
 T = TypeVar("T")
@@ -69,6 +70,7 @@ class Journal:
         self.commits = 0
         self.rows = 0
         self.full = False  # the last try has found no space
+        self.moved = False  # the next supervisor would not find what we write
         self._failed = failed
         self._seqs = itertools.count(file.last + 1)
         self._wake = threading.Condition()
@@ -210,6 +212,9 @@ class Journal:
         batch.entries = [entry for entry, _ in entries]
         batch.ended = [ending for ending, _ in ended]
         batch.delivered, batch.undelivered = delivered, undelivered
+        if entries and not self._in_place():
+            self._tell(self._refused, [stored for _, stored in entries], Busy(f"{_MOVED}: restart it"))
+            batch.entries, entries = [], []
         if batch and not self._write(batch, entries, ended):
             # What has been promised comes first, next time.
             self._ended[:0] = ended
@@ -225,6 +230,15 @@ class Journal:
         if self.broken is None:
             self._keep_house(idle)
         return not last and self.broken is None
+
+    def _in_place(self) -> bool:
+        """Whether what is stored will be found. Answers of what was stored are told as long as we live."""
+        in_place = self.file.in_place()
+        if in_place == self.moved:
+            self.moved = not in_place
+            text = f"{_MOVED}; requests are refused" if self.moved else "the journal's file is back"
+            log.error("%s (%s)", text, self.file.path)
+        return in_place
 
     def _sleep(self) -> bool:
         """Wait for something to do; whether there is."""

@@ -174,8 +174,9 @@ class JournalFile:
         check_folder(os.path.dirname(self.path))
         _check_local(self.path)
         self._lock = _lock(self.path)
+        self._held: int | None = None
         try:
-            _make_private(self.path)
+            self._held = _make_private(self.path)
             with self._readable():
                 self._db = sqlite3.connect(
                     self.path, isolation_level=None, check_same_thread=False, cached_statements=64
@@ -186,7 +187,7 @@ class JournalFile:
                     self._db.close()
                     raise
         except BaseException:
-            os.close(self._lock)
+            self._let_go()
             raise
 
     def __repr__(self) -> str:
@@ -205,7 +206,10 @@ class JournalFile:
             )
         if not tables:
             db.execute(f"PRAGMA page_size = {PAGE}")
-        db.execute("PRAGMA journal_mode = WAL")
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise ConfigError(
+                f"no WAL can be kept beside {printable(self.path)}: name a file on another disk"
+            )
         self._synchronous = f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}"
         db.execute(self._synchronous)
         db.execute("PRAGMA wal_autocheckpoint = 0")  # `checkpoint` does it when there is time
@@ -223,6 +227,7 @@ class JournalFile:
         self.epoch: int = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
         self.last: int = db.execute("SELECT coalesce(max(seq), 0) FROM requests").fetchone()[0]
         db.execute("COMMIT")
+        self._places = self._look()
 
     def _pragma(self, name: str) -> int:
         value: int = self._db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -256,7 +261,24 @@ class JournalFile:
         """Close without touching the file: it has failed."""
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # Behind SQLite, whose own locks on the file end when any descriptor of it is closed.
+        if self._held is not None:
+            os.close(self._held)
         os.close(self._lock)
+
+    def in_place(self) -> bool:
+        """Whether who opens the path finds what we write: one that was deleted or replaced takes it, too."""
+        try:
+            return self._look() == self._places
+        except OSError:
+            return False
+
+    def _look(self) -> list[tuple[int, int]]:
+        found = [os.stat(path) for path in (self.path, f"{self.path}-wal")]
+        return [(info.st_dev, info.st_ino) for info in found]
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -320,12 +342,12 @@ class JournalFile:
         for chunk in _chunks(seqs):
             self._change(f"UPDATE requests SET boots = 0 WHERE seq IN ({_marks(chunk)})", chunk)
 
-    def replay(self, seq: int) -> None:
-        """Have a failed request run, or its answer delivered, once more."""
-        self._change(
+    def replay(self, seq: int) -> int:
+        """Have a failed request run, or its answer delivered, once more; 0 if it is under way already."""
+        return self._change(
             "UPDATE requests SET boots = 0, accepted = ?, state = iif(code = 'undelivered' AND "
             "response IS NOT NULL, 1, 0), code = NULL, response = iif(code = 'undelivered', response, NULL) "
-            "WHERE seq = ?",
+            "WHERE seq = ? AND state >= 2",
             (self._wall(), seq),
         )
 
@@ -493,6 +515,10 @@ def _lock(path: str) -> int:
         fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
+    return _flock(fd, path)
+
+
+def _flock(fd: int, path: str) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -505,27 +531,27 @@ def _lock(path: str) -> int:
     return fd
 
 
-def _make_private(path: str) -> None:
+def _make_private(path: str) -> int:
     """Make the file with mode 0600, or see that nobody else may read or change it: it holds pickled handlers,
-    which we run.
+    which we run. Holds it, as well as its lock file, which somebody may tidy away.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            info = os.fstat(fd)
-        finally:
-            os.close(fd)
     except OSError as error:
         raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
+    info = os.fstat(fd)
+    fault = None
     if not stat.S_ISREG(info.st_mode):
-        raise ConfigError(f"the journal {printable(path)} is not a file")
-    if info.st_uid != os.getuid():
-        raise ConfigError(f"the journal {printable(path)} belongs to uid {info.st_uid}, not to you")
-    if info.st_mode & 0o077:
-        raise ConfigError(
-            f"others may use the journal {printable(path)} (mode {stat.S_IMODE(info.st_mode):o}): "
-            "chmod it to 600"
-        )
+        fault = f"the journal {printable(path)} is not a file"
+    elif info.st_uid != os.getuid():
+        fault = f"the journal {printable(path)} belongs to uid {info.st_uid}, not to you"
+    elif info.st_mode & 0o077:
+        mode = stat.S_IMODE(info.st_mode)
+        fault = f"others may use the journal {printable(path)} (mode {mode:o}): chmod it to 600"
+    if fault is not None:
+        os.close(fd)
+        raise ConfigError(fault)
+    return _flock(fd, path)
 
 
 def _check_local(path: str) -> None:

@@ -33,6 +33,9 @@ log = logging.getLogger("acomm.supervisor")
 _SWITCH = 0.0005
 """Seconds after which a thread gives the interpreter to another that waits for it."""
 
+_SPARE = 16 * 1024
+"""Bytes of a message besides its arguments that are stored as they came."""
+
 _GIVE_UP_AFTER = 24 * 3600.0
 """Seconds after which a stored answer that its hook does not take is a dead letter."""
 
@@ -110,6 +113,8 @@ class Keeper:
 
     def store(self, examined: Examined, decided: Decided, message: bytes | None) -> None:
         """Have a request stored that has been counted, and begun when it is."""
+        if message is not None and len(message) > examined.size + _SPARE:
+            message = None  # what is in it that we do not know is not stored: it was not counted
 
         def done(outcome: Row | AcommError | None) -> None:
             service = self._service

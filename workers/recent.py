@@ -106,6 +106,9 @@ class Recent:
         digest = self._in_flight.pop(response.id, None)
         if digest is None:
             return
+        before = self._done.pop(response.id, None)  # of a request that was replayed
+        if before is not None:
+            self._bytes -= before.size
         size = _size(response)
         self._done[response.id] = Done(digest, now, response, size)
         self._bytes += size

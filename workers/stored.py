@@ -90,7 +90,7 @@ class StoredRequests:
         return {
             "path": journal.file.path,
             "epoch": journal.file.epoch,
-            "state": "failed" if journal.broken is not None else "full" if journal.full else "writing",
+            "state": _state(journal),
             "unfinished": len(self._seqs),
             "commits": journal.commits,
             "rows": journal.rows,
@@ -358,3 +358,9 @@ def _page(file: JournalFile, after: int) -> tuple[list[Row], list[int]]:
 def _suspect(row: Row) -> bool:
     """Whether it may be what supervisors have died of."""
     return row.state == ACCEPTED and row.boots >= MAX_BOOTS - 1
+
+
+def _state(journal: Journal) -> str:
+    if journal.broken is not None:
+        return "failed"
+    return "moved" if journal.moved else "full" if journal.full else "writing"

@@ -360,12 +360,12 @@ class Supervisor:
         try:
             examined = self._examine(request, origin, resolve)
             if examined is not None:
-                self.admission.take(examined.account, examined.size)
                 # Who waits for the answer itself has been promised nothing until it comes.
                 if self.keeper is not None and resolve is None:
-                    self.keeper.store(examined, decided, message)
+                    self._store(self.keeper, examined, decided, message)
                     return
                 accepted = self.outlook.standing(examined)
+                self.admission.take(examined.account, examined.size)
                 self._begin(examined)
         except Exception as error:
             if not isinstance(error, AcommError):
@@ -375,6 +375,14 @@ class Supervisor:
             decided(error)
         else:
             decided(None, accepted)
+
+    def _store(self, keeper: Keeper, examined: Examined, decided: Decided, message: bytes | None) -> None:
+        self.admission.take(examined.account, examined.size)
+        try:
+            keeper.store(examined, decided, message)
+        except BaseException:
+            self.admission.release(examined.account, examined.size)
+            raise
 
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
@@ -479,10 +487,17 @@ class Supervisor:
     def _forward(self, examined: Examined) -> None:
         """Have the service at the request's task URL do it; the answer comes through us."""
         request, account, size, resolve = examined.request, examined.account, examined.size, examined.resolve
+        stored = self.keeper is not None and request.id in self.keeper.stored
 
         def answered(response: Response) -> None:
             self._forwarded.discard(request.id)
             self.admission.release(account, size)
+            if (
+                stored
+            ):  # and its answer is, before it is told: the other service may say something else next time
+                self.track(request, examined.origin)
+                self.answer(response)
+                return
             self._finished(response)
             if resolve is not None:
                 resolve(response)
@@ -493,7 +508,7 @@ class Supervisor:
             timeout,
             origin=examined.origin,
             resolve=answered,
-            delivered=None if self.keeper is None else self.keeper.on_delivered(request.id),
+            proxied=not stored,
         )
         self._forwarded.add(request.id)
         self._counts["forwarded"] += 1
