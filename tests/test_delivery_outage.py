@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from peers import WAIT, GoPeer, ack, frame
 
-from acomm import Response, channel
-from acomm.channel import Channels, Outgoing
+from acomm import Response, unixchannel
+from acomm.channel import Channels
 from acomm.delivery import GIVE_UP_AFTER, LONGEST_BACKOFF, Delivery
 from acomm.errors import AcommError, ConnectionLost
 from acomm.origin import Origin
+from acomm.outgoing import Outgoing
 
 BOTH_LOOPS = True
 HOUR = 3600.0
@@ -28,7 +29,7 @@ DAY = 24 * HOUR
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer on a busy machine may take longer than we wait to hear whether it grants."""
-    monkeypatch.setattr(channel, "_VERDICT_WAIT", WAIT)
+    monkeypatch.setattr(unixchannel, "_VERDICT_WAIT", WAIT)
 
 
 class Counting(Channels):
