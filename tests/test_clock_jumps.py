@@ -12,7 +12,7 @@ import pytest
 from peers import WAIT, connected, frame, read_frame
 from serving import Fifo, Hook, request
 
-from workers import Supervisor
+from workers import Supervisor, journalfile
 from workers.journalfile import ENDED, WINDOW, Batch, Ending, Entry, JournalFile
 
 YEAR = 365 * 24 * 3600.0
@@ -33,7 +33,10 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Set]:
 
 
 @JUMPS
-def test_a_stored_id_is_known_for_as_long_as_it_is_to_be(tmp_path: Path, set_clock: Set, by: float) -> None:
+def test_a_stored_id_is_known_for_as_long_as_it_is_to_be(
+    tmp_path: Path, set_clock: Set, monkeypatch: pytest.MonkeyPatch, by: float
+) -> None:
+    monkeypatch.setattr(journalfile, "COMPACT_EVERY", 0.0)
     tmp_path.chmod(0o700)
     file = JournalFile(str(tmp_path / "j.db"))
 
