@@ -64,6 +64,13 @@ def folder_for_all() -> Iterator[Path]:
 
 
 @pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder of ours whose path leaves room for a socket's, which pytest's own may not."""
+    with tempfile.TemporaryDirectory(prefix="acomm-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def fifo(tmp_path: Path) -> str:
     """A named pipe that nobody has opened: each end waits for the other."""
     os.mkfifo(tmp_path / "fifo")

@@ -177,9 +177,9 @@ class TestCalls:
         assert after["counts"]["ok"] == before["counts"].get("ok", 0) + 1
 
     def test_who_leaves_before_his_stream_begins_keeps_no_worker(
-        self, tmp_path: Path, started: Fifo, release: Fifo
+        self, short_folder: Path, started: Fifo, release: Fifo
     ) -> None:
-        with ServedDoor(tmp_path, "-w", "1", modules=("streamtasks", "servedtasks")) as door:
+        with ServedDoor(short_folder, "-w", "1", modules=("streamtasks", "servedtasks")) as door:
             holding = threading.Thread(target=door.call, args=("hold", [started.path, release.path]))
             holding.start()
             started.read()
@@ -372,10 +372,10 @@ class TestMessages:
         assert hook.next()[1]["result"] == 1
 
     def test_a_repeat_is_answered_with_a_stream_that_its_hook_can_read(
-        self, tmp_path: Path, hook: HttpHook
+        self, short_folder: Path, hook: HttpHook
     ) -> None:
         allowed = ("--allow-hook", f"127.0.0.1:{hook.port}")
-        with ServedDoor(tmp_path, "-w", "1", *allowed, modules=("streamtasks",)) as door:
+        with ServedDoor(short_folder, "-w", "1", *allowed, modules=("streamtasks",)) as door:
             message = request("again", "count", f"http://127.0.0.1:{hook.port}/", [3])
             for _ in range(2):
                 assert door.post(message).json["error"] == ""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,10 @@ from acomm.streams import UnixStreams
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    base = tempfile.mkdtemp(prefix="acomm-")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", base)
+def folder(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
     monkeypatch.delenv("ACOMM_TOKEN", raising=False)
-    yield Path(base)
-    shutil.rmtree(base)
+    return short_folder
 
 
 class Door:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import shutil
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -27,11 +25,9 @@ ITEMS = [{"n": 1}, [2, "é"], None]
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    base = tempfile.mkdtemp(prefix="acomm-")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", base)
-    yield Path(base) / "acomm"
-    shutil.rmtree(base)
+def folder(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
+    return short_folder / "acomm"
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ class TestNoSpace:
     async def test_a_recovery_goes_on_when_there_is_space(
         self, kit: Kit, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(stored, "_FULL", 0.001)
+        monkeypatch.setattr(stored, "RETRY", 0.001)
         for n in range(3):
             kit.accept(f"r{n}")
         await kit.told.until(3)

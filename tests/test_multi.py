@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,11 +35,8 @@ BOTH_LOOPS = True
 
 
 @pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    base = tempfile.mkdtemp(prefix="acomm-")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", base)
-    yield
-    shutil.rmtree(base)
+def folder(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
 
 
 @pytest.fixture

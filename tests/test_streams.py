@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import stat
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
@@ -41,12 +40,10 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="takes root to be somebody
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The runtime folder; pytest's own are too deep for a socket's path."""
-    base = tempfile.mkdtemp(prefix="acomm-")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", base)
-    yield Path(base) / "acomm"
-    shutil.rmtree(base)
+def folder(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The runtime folder."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_folder))
+    return short_folder / "acomm"
 
 
 @pytest.fixture
