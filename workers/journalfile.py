@@ -352,6 +352,15 @@ class JournalFile:
             seqs,
         )
 
+    def purge_some(self, limit: int, task: str | None = None) -> int:
+        """The same for so many of those that are done, of all or of a task; again while there are any."""
+        return self._change(
+            "UPDATE requests SET message = NULL, response = NULL, code = NULL, state = 2 WHERE seq IN "
+            "(SELECT seq FROM requests WHERE code IS NOT NULL AND state >= 2 AND (? IS NULL OR task = ?) "
+            "LIMIT ?)",
+            (task, task, limit),
+        )
+
     def _change(self, statement: str, values: Sequence[Any]) -> int:
         db = self._db
         db.execute("BEGIN IMMEDIATE")
