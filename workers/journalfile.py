@@ -331,9 +331,11 @@ class JournalFile:
         self._change(f"UPDATE requests SET boots = boots + 1 WHERE seq IN ({_marks(seqs)})", seqs)
 
     def put_back(self, seqs: Sequence[int]) -> None:
-        """Rows were taken up, and then left in order: that is not to count against them."""
+        """Rows were taken up, and then left in order: that does not count, and earlier deaths do."""
         for chunk in _chunks(seqs):
-            self._change(f"UPDATE requests SET boots = 0 WHERE seq IN ({_marks(chunk)})", chunk)
+            self._change(
+                f"UPDATE requests SET boots = max(boots - 1, 0) WHERE seq IN ({_marks(chunk)})", chunk
+            )
 
     def replay(self, seq: int) -> int:
         """Have a failed request run, or its answer delivered, once more; 0 if it is under way already."""
