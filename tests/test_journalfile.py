@@ -141,7 +141,7 @@ def test_boots_are_counted_and_taken_back(path: str, wall: Clock) -> None:
     file.taken_up([1])
     assert [row.boots for row in file.unfinished(0, 10, 10)] == [2, 1]
     file.put_back([1])
-    assert [row.boots for row in file.unfinished(0, 10, 10)] == [0, 1]
+    assert [row.boots for row in file.unfinished(0, 10, 10)] == [1, 1]
     file.close()
 
 
@@ -184,6 +184,16 @@ class TestFailed:
         assert file.failed(10) == []
         assert file.write(batch(entries=[entry(3, "r1")])).keys() == {3}
         assert [row.seq for row in file.unfinished(0, 10, 10)] == [2]
+        file.close()
+
+    def test_all_are_purged_but_those_on_their_way(self, path: str, wall: Clock) -> None:
+        file = opened(path, wall)
+        file.write(batch(entries=[entry(n, task="u" if n == 1 else "t") for n in range(1, 8)]))
+        file.write(batch(ended=[Ending(n, b"e", "timeout") for n in range(1, 8)]))
+        file.write(batch(delivered=[1, 2, 3, 4], undelivered=[5]))
+        assert file.purge_some(2, "t") == 2
+        assert [file.purge_some(2) for _ in range(3)] == [2, 1, 0]
+        assert [row.seq for row in file.failed(9)] == [7, 6]
         file.close()
 
 

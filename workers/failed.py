@@ -100,11 +100,8 @@ class FailedRequests:
             rows = [await self._one(stored, id) for id in asked.ids[:MOST]]
             return int(await _ask(stored, file.purge, [row.seq for row in rows]))
         count = 0
-        while rows := await _ask(stored, file.failed, MOST, asked.task):
-            purged = await _ask(stored, file.purge, [row.seq for row in rows])
+        while purged := await _ask(stored, file.purge_some, MOST, asked.task):
             count += purged
-            if purged < len(rows):  # the rest is on its way to hooks
-                break
         return count
 
     async def _one(self, stored: StoredRequests, id: str) -> Row:

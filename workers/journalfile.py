@@ -338,9 +338,11 @@ class JournalFile:
             self._db.execute(self._synchronous)
 
     def put_back(self, seqs: Sequence[int]) -> None:
-        """Rows were taken up, and then left in order: that is not to count against them."""
+        """Rows were taken up, and then left in order: that does not count, and earlier deaths do."""
         for chunk in _chunks(seqs):
-            self._change(f"UPDATE requests SET boots = 0 WHERE seq IN ({_marks(chunk)})", chunk)
+            self._change(
+                f"UPDATE requests SET boots = max(boots - 1, 0) WHERE seq IN ({_marks(chunk)})", chunk
+            )
 
     def replay(self, seq: int) -> int:
         """Have a failed request run, or its answer delivered, once more; 0 if it is under way already."""
@@ -357,6 +359,15 @@ class JournalFile:
             "UPDATE requests SET message = NULL, response = NULL, code = NULL, state = 2"
             f" WHERE code IS NOT NULL AND state >= 2 AND seq IN ({_marks(seqs)})",
             seqs,
+        )
+
+    def purge_some(self, limit: int, task: str | None = None) -> int:
+        """The same for so many of those that are done, of all or of a task; again while there are any."""
+        return self._change(
+            "UPDATE requests SET message = NULL, response = NULL, code = NULL, state = 2 WHERE seq IN "
+            "(SELECT seq FROM requests WHERE code IS NOT NULL AND state >= 2 AND (? IS NULL OR task = ?) "
+            "LIMIT ?)",
+            (task, task, limit),
         )
 
     def _change(self, statement: str, values: Sequence[Any]) -> int:
