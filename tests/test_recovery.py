@@ -187,6 +187,15 @@ async def test_those_that_may_be_deadly_go_last_and_few_at_a_time(kit: Kit) -> N
 
 
 @pytest.mark.usefixtures("small")
+async def test_those_do_not_wait_for_what_never_ends(kit: Kit) -> None:
+    kit.fill(entry(1), entry(2), boots={2: MAX_BOOTS - 1})
+    kit.start()
+    kit.recovery.patience = 0.01
+    await kit.until(lambda: kit.ids == ["r1", "r2"])
+    assert kit.running == {"r1", "r2"}
+
+
+@pytest.mark.usefixtures("small")
 async def test_what_was_counted_and_has_not_ended_is_known_at_a_stop(kit: Kit) -> None:
     kit.fill(*(entry(seq) for seq in range(1, 31)))
     kit.start()

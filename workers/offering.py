@@ -48,6 +48,9 @@ class Service(Protocol):
     ) -> None:
         """Take a request, or say why not: see `Supervisor.offer`."""
 
+    def is_answered(self, id: str) -> bool:
+        """Whether a request has had its answer just now, so that there is none to wait for."""
+
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
 

@@ -8,6 +8,7 @@ What an earlier supervisor has left is taken up by `Recovery`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import sqlite3
@@ -39,6 +40,9 @@ PAGE = 250
 
 MAX_PENDING = 20_000
 """Answers on their way beyond which no more are read from the file."""
+
+SUSPECTS_WAIT = 30.0
+"""Seconds that those which may have killed supervisors wait for all others to end."""
 
 _ASKED_AT_ONCE = 500  # rows that are looked up between two commits
 _BEGUN_AT_ONCE = 100  # some milliseconds' work
@@ -222,6 +226,7 @@ class Recovery:
         few: int,
     ) -> None:
         self.taken_up = 0
+        self.patience = SUSPECTS_WAIT
         self._stored = stored
         self._begin = begin
         self._pending = pending
@@ -281,7 +286,9 @@ class Recovery:
         finally:
             reading.cancel()
         for start in range(0, len(suspects), self._few):
-            await self._wait(0)
+            # Alone, so that a further death counts against the right ones; but others may run for ever.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wait(0), self.patience)
             await self._count(suspects[start : start + self._few])
             self._take_up(suspects[start : start + self._few])
         if self.taken_up:

@@ -37,12 +37,18 @@ class Offer(NamedTuple):
     http: int | None
 
     async def agreed(self) -> None:
-        """Say that we are ready, and wait until the sockets are ours. Raises ConfigError when they are not
-        to be: the old one keeps them then.
+        """Say that we are ready, and wait until the sockets are ours, for as long as the old one says that it
+        needs more time. Raises ConfigError when they are not to be: the old one keeps them then.
         """
+        said = "resting"
         try:
             await self.line.say("ready")
-            said, _ = await self.line.hear()
+            while said == "resting":
+                async with asyncio.timeout(PATIENCE):
+                    said, _ = await self.line.hear()
+        except TimeoutError:
+            self.refuse()
+            raise ConfigError(f"the live supervisor {self.pid} does not say whether it hands over") from None
         except (OSError, EOFError):
             log.warning("the supervisor %d died while it handed over", self.pid)
             # The kernel closes one descriptor after the other: it may hold its journal yet.

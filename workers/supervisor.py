@@ -384,6 +384,10 @@ class Supervisor:
             self.admission.release(examined.account, examined.size)
             raise
 
+    def is_answered(self, id: str) -> bool:
+        """Whether a request has had its answer just now, so that there is none to wait for."""
+        return self.recent.answer(id) is not None
+
     def refused(self, error: AcommError) -> None:
         """Count a refusal."""
         self._counts[error.code] += 1

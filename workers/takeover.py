@@ -4,6 +4,7 @@
     acomm.takeover [path, journal]  ------>  takes no more connections: the kernel keeps them
     sockets, locks                  <------  over a unix socket at `path`
     ready                           ------>
+    resting                         <------  with a journal, now and then until it is at its end
     go                              <------  with a journal: at its end, when that is closed
     accepts; serving                ------>
     known                           <----->  ids, before each kept connection is closed
@@ -35,6 +36,9 @@ log = logging.getLogger("acomm.supervisor")
 
 PATIENCE = 30.0
 """Seconds for the other one's next step, before anything is lost."""
+
+STILL_THERE = 5.0
+"""Seconds between words of an old one that lets its calls end before it hands over."""
 
 LATECOMERS = 5.0
 """Seconds for peers that have connected to the old one to say what they want."""
@@ -215,13 +219,20 @@ class HandOver:
                 await line.hear()
             gone.set()
 
-        listening = asyncio.create_task(listen())
+        async def ask_for_time() -> None:
+            with contextlib.suppress(*GONE):
+                while True:
+                    await asyncio.sleep(STILL_THERE)
+                    await line.say("resting")
+
+        beside = [asyncio.create_task(listen()), asyncio.create_task(ask_for_time())]
         try:
             await self._see_off(listeners, http)
             if not await self._old.rest(gone):
                 raise EOFError("it has ended")
         finally:
-            listening.cancel()
+            for task in beside:
+                task.cancel()
 
     async def _see_off(self, listeners: list[UnixListener], http: Listening | None) -> None:
         """Close kept connections, whose peers go to the new one, which knows by then what we have taken; and

@@ -171,7 +171,7 @@ class UnixDoor:
 
     def _wait_for_answer(self, conn: Connection, request: Request) -> None:
         """The call goes with its connection, if that is one that stays until the answer."""
-        if not request.extended or request.detached:
+        if not request.extended or request.detached or self._service.is_answered(request.id):
             return
         self._service.callers.add(request.id, conn)
         if conn.closed:
