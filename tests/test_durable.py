@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from peers import ack, connected, frame, read_frame
+from peers import WAIT, ack, connected, frame, read_frame
 from serving import Fifo, Hook, Served, environment, request
 
 from acomm import connect
@@ -367,6 +368,34 @@ async def test_a_fault_of_ours_leaves_the_accounts_right(
         supervisor.offer(request, origin, lambda *decided: told.append(decided))
         assert "the supervisor failed" in str(told[0][0])
         assert supervisor.admission.total.requests == 0
+
+
+async def test_answers_that_memory_has_no_room_for_come_from_the_file(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path, origin = tmp_path / "hook.sock", Origin.unix(os.getuid())
+    settings: dict[str, Any] = {"socket": tmp_path / "s.sock", "journal": tmp_path / "j.db", "workers": 1}
+    async with Supervisor("durabletasks", **settings) as supervisor:
+        delivery = supervisor.tracker.delivery
+        delivery._outbox.max_bytes = 100_000
+        refused: list[Any] = []
+        for number in range(20):
+            args = msgspec.Raw(b'["%d %b"]' % (number, b"x" * 20_000))
+            supervisor.offer(
+                Request("echo", args, response_hook=f"unix://{path}"),
+                origin,
+                lambda error, *_: refused.append(error),
+            )
+        async with asyncio.timeout(WAIT):
+            while supervisor.stats()["counts"].get("ok", 0) < 20:
+                await asyncio.sleep(0.01)
+            assert delivery.pending == 20
+            assert delivery.pending_bytes < 200_000
+            with Hook(path) as hook:
+                answers = [await asyncio.to_thread(hook.answer) for _ in range(20)]
+                await delivery.drained()
+        assert refused == [None] * 20
+        assert {int(answer["result"].split()[0]) for answer in answers} == set(range(20))
+        assert delivery.abandoned == 0
 
 
 def test_acknowledgements_keep_their_order(serve: Serve, hook: Hook) -> None:

@@ -417,6 +417,11 @@ class JournalFile:
         found = self._db.execute(f"SELECT {columns} FROM requests WHERE id = ?", (id,)).fetchone()
         return None if found is None else Row(*found)
 
+    def response(self, id: str) -> bytes | None:
+        """The stored answer to a request."""
+        found = self._db.execute("SELECT response FROM requests WHERE id = ?", (id,)).fetchone()
+        return None if found is None else found[0]
+
     def undone(self, ids: Sequence[str]) -> list[str]:
         """Those of the requests that have not been delivered."""
         rows = [self.find(id, _SLIM) for id in ids]

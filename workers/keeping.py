@@ -18,6 +18,7 @@ import msgspec
 from acomm.errors import AcommError
 from acomm.messages import Request, Response
 from acomm.origin import Origin
+from acomm.parcel import Reload
 from acomm.tracker import Tracker
 from workers.admission import Admission
 from workers.errors import Busy, Conflict, printable
@@ -35,6 +36,11 @@ _SWITCH = 0.0005
 
 _SPARE = 16 * 1024
 """Bytes of a message besides its arguments that are stored as they came."""
+
+MAX_NAMES = 200_000
+"""Answers on their way beyond which those to come are given up when there is no memory for them, although
+they are stored: each takes some kilobyte as long as its hook takes nothing.
+"""
 
 _GIVE_UP_AFTER = 24 * 3600.0
 """Seconds after which a stored answer that its hook does not take is a dead letter."""
@@ -88,6 +94,7 @@ class Keeper:
         self.journal = Journal(JournalFile(path, full=full), self._failed)
         self.stored = StoredRequests(self.journal)
         self._left = False
+        self._loads: set[asyncio.Task[None]] = set()
         self._recovery: Recovery | None = None
         self._recovering: asyncio.Task[None] | None = None
 
@@ -198,6 +205,29 @@ class Keeper:
         """A request has its answer."""
         if self._recovery is not None:
             self._recovery.ended(id)
+
+    def reload(self, request: Request) -> Reload | None:
+        """How the answer to a request is read again that was forgotten for want of memory, while its hook
+        took nothing; None if it is not stored, or so many wait already that even their names take room.
+        """
+        if request.id not in self.stored or self._service.tracker.delivery.pending > MAX_NAMES:
+            return None
+        return functools.partial(self._reload, request.id, request.wire, request.extended)
+
+    def _reload(self, id: str, wire: int, extended: bool, loaded: Callable[[bytes | None], None]) -> None:
+        task = asyncio.get_running_loop().create_task(self._load(id, wire, extended, loaded))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    async def _load(self, id: str, wire: int, extended: bool, loaded: Callable[[bytes | None], None]) -> None:
+        payload = None
+        try:
+            stored = await self.journal.ask(self.journal.file.response, id)
+            if stored is not None:
+                payload = Response.decode(stored).encode(wire, extended=extended and wire > 1)
+        except Exception:  # a journal that has failed, or a fault of ours
+            log.exception("the answer to the request %s cannot be read", printable(id))
+        loaded(payload)
 
     def on_delivered(self, id: str) -> Callable[[AcommError | None], None]:
         """Whom to tell when the hook of a request has its answer, or never will."""

@@ -486,6 +486,7 @@ class Supervisor:
             unpickle=True,
             origin=origin,
             delivered=None if self.keeper is None else self.keeper.on_delivered(request.id),
+            reload=None if self.keeper is None else self.keeper.reload(request),
         )
 
     def _forward(self, examined: Examined) -> None:
