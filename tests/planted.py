@@ -1,7 +1,8 @@
 """`python planted.py serve ...`: a supervisor with one defect, to see whether it is found.
 
 PLANTED says which: `drop`, one answer in a thousand is not posted; `twice`, one in a thousand is posted a
-second time, with another result; `forget`, a recovery takes up all rows of a page but the first.
+second time, with another result; `forget`, a recovery takes up every second row of a page. (The first ones may well be
+such as have been delivered, and only the note of it is lacking.)
 """
 
 import os
@@ -32,7 +33,7 @@ def twice(self: Delivery, url: str, response: Response, *args: Any, **options: A
 
 
 def forget(self: JournalFile, after: int, limit: int, upto: int) -> list[Row]:
-    return _unfinished(self, after, limit, upto)[1:]
+    return _unfinished(self, after, limit, upto)[1::2]
 
 
 match os.environ["PLANTED"]:

@@ -87,7 +87,7 @@ def test_what_is_left_behind_is_a_failure_too(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("fuzzing.command._WARM", 1000)
     monkeypatch.setattr(Faulty, "samples", lambda self: [b"good"])
     assert fuzz("tidy", Faulty(), 3000, 100.0, 1, tmp_path)
-    assert not fuzz("leaking", Faulty(MOST_GROWTH // 1000), 3000, 100.0, 1, tmp_path)
+    assert not fuzz("leaking", Faulty(MOST_GROWTH // 100), 3000, 100.0, 1, tmp_path)
 
 
 def test_one_that_is_interrupted_tells_what_it_has(

@@ -205,9 +205,10 @@ class TestHandlers:
             assert await asyncio.wait_for(blocked, WAIT) == 1
         started.close()
 
-    def test_a_stream_is_among_what_a_drain_waits_for(self, tmp_path: Path) -> None:
+    def test_a_stream_is_among_what_a_drain_waits_for(self, short_folder: Path) -> None:
         settings = ("-w", "1", "--drain-timeout", "0.1")
-        with Served(tmp_path, *settings, modules=("streamtasks",)) as served, Hook(tmp_path / "h") as hook:
+        served = Served(short_folder, *settings, modules=("streamtasks",))
+        with served, Hook(short_folder / "h") as hook:
             served.ask(request("i", "count", hook.url, [3]))
             assert hook.answer()["streamURL"] is not None
             served.process.terminate()

@@ -62,9 +62,9 @@ class Halfway:
         assert json.loads(self.old.ask(request("runs", "hold", hook.url, args)))["error"] == ""
         started.read()
         with connected(self.old.path) as kept:
-            kept.sendall(frame(request("kept", "echo", hook.url, [1], acomm=1)))
+            # Without a hook, which might be told again: a delivery is noted when there is time.
+            kept.sendall(frame(request("kept", "echo", None, [1], acomm=1)))
             assert json.loads(read_frame(kept))["acomm"] == 1
-            assert hook.answer()["id"] == "kept"
             self.new = start()
             # Kept connections end when the new one has the sockets and has said that it is ready.
             assert read_all(kept) == b""

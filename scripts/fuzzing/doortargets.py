@@ -86,6 +86,9 @@ class _Service:
         else:
             decide()
 
+    def is_answered(self, id: str) -> bool:
+        return False
+
     def refused(self, error: AcommError) -> None: ...
 
     def caller_left(self, caller: Any) -> None:
