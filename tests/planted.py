@@ -1,8 +1,8 @@
 """`python planted.py serve ...`: a supervisor with one defect, to see whether it is found.
 
 PLANTED says which: `drop`, one answer in a thousand is not posted; `twice`, one in a thousand is posted a
-second time, with another result; `forget`, a recovery takes up every second row of a page. (The first ones may well be
-such as have been delivered, and only the note of it is lacking.)
+second time, with another result; `forget`, a recovery takes up every second row of a page. (The
+first ones may well be such as have been delivered, and only the note of it is lacking.)
 """
 
 import os

@@ -279,6 +279,7 @@ class Door:
             id, wire, extended, _hook = salvage(data)
             return replies.acknowledgement(error, id, wire, extended)
         # A generation that has no acknowledgement is the socket's affair alone.
+        httpconnections.offered(request)
         refusal, accepted = await self._offer(message, trusted)
         if refusal is not None:
             return replies.acknowledgement(refusal, message.id, message.wire, message.extended)
@@ -306,6 +307,7 @@ class Door:
                 self._service.callers.add(call.id, call.id)
                 self._service.caller_left(call.id)
 
+        httpconnections.offered(request)
         try:
             refusal, _ = await self._offer(call, trusted, resolve, gone)
             if refusal is not None:

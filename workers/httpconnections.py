@@ -25,10 +25,12 @@ class HttpConnection(web.RequestHandler):
     """aiohttp's side of a connection, except that what is not HTTP is refused in our form, and not logged as
     a fault of ours.
 
-    `asking` is whether a request of it is being answered, `asked` whether one was; `quiet` the looks since.
+    `asking` is whether a request of it is being answered, `offered` whether the supervisor knows of that;
+    `asked` whether one was answered, and `quiet` the looks since.
     """
 
     asking = False
+    offered = False
     asked = False
     quiet = 0
 
@@ -61,18 +63,28 @@ def asking(request: web.BaseRequest) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.asking = False
+        connection.asking = connection.offered = False
         connection.asked = True
         connection.quiet = 0
 
 
+def offered(request: web.BaseRequest) -> None:
+    """The supervisor is asked to take it: from now on nobody but it decides."""
+    connection = request.protocol
+    assert isinstance(connection, HttpConnection)
+    connection.offered = True
+
+
 def see_off(connections: Iterable[web.RequestHandler]) -> bool:
     """A look: close those that rest. Whether some are left that have not asked for anything yet, or may yet
-    again; those that are being answered are not among them, as their answer ends them.
+    again; those whose request the supervisor has are not among them, as its answer ends them.
     """
     left = False
     for connection in list(connections):
-        if not isinstance(connection, HttpConnection) or connection.asking:
+        if not isinstance(connection, HttpConnection) or connection.offered:
+            continue
+        if connection.asking:  # its request has not come whole
+            left = True
             continue
         connection.quiet += connection.asked
         if connection.quiet > QUIET:
