@@ -25,8 +25,11 @@ from workers.journalfile import COMPACTED_AT_ONCE, Batch, Ending, Entry, Journal
 
 log = logging.getLogger("acomm.journal")
 
-MAX_BATCH = 512
+MAX_BATCH = 256
 """Requests that share a commit: more would only wait longer for it."""
+
+LOOK = 0.02
+"""Seconds between looks whether the file is where it was: each costs two trips for the interpreter lock."""
 
 MAX_ERRANDS = 4
 """Questions that are answered between two commits: each may take some milliseconds, and anybody may ask."""
@@ -80,6 +83,7 @@ class Journal:
         self._soon = False  # those need not wait for more
         self._undelivered: list[int] = []
         self._errands: list[Callable[[], None]] = []
+        self._look_at = 0.0
         self._closing = False
         self._awake = False
         self._since_checkpoint = 0
@@ -204,10 +208,14 @@ class Journal:
         # Others append meanwhile, and to these lists, so they are emptied and not replaced.
         entries = _take(self._entries, MAX_BATCH)
         ended = _take(self._ended)
-        self._soon = False  # before they are taken: what comes then is not in this batch
-        delivered, undelivered = _take(self._delivered), _take(self._undelivered)
+        undelivered = _take(self._undelivered)
+        # Nobody waits for these, and a batch of one kind is written with one trip for the interpreter lock.
+        delivered: list[int] = []
+        if len(self._delivered) >= MAX_BATCH or not (entries or ended or undelivered):
+            self._soon = False  # before they are taken: what comes then is not in this batch
+            delivered = _take(self._delivered)
         errands = _take(self._errands, None if closing else MAX_ERRANDS)
-        last = closing and not self._entries
+        last = closing and not self._entries and not self._delivered
         batch = Batch()
         batch.entries = [entry for entry, _ in entries]
         batch.ended = [ending for ending, _ in ended]
@@ -233,6 +241,10 @@ class Journal:
 
     def _in_place(self) -> bool:
         """Whether what is stored will be found. Answers of what was stored are told as long as we live."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return not self.moved
+        self._look_at = now + LOOK
         in_place = self.file.in_place()
         if in_place == self.moved:
             self.moved = not in_place

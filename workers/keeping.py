@@ -31,7 +31,7 @@ from workers.stored import Left, Recovery, StoredRequests
 
 log = logging.getLogger("acomm.supervisor")
 
-_SWITCH = 0.0005
+_SWITCH = 0.0001
 """Seconds after which a thread gives the interpreter to another that waits for it."""
 
 _SPARE = 16 * 1024
