@@ -73,7 +73,7 @@ def test_a_call_in_time_is_left_alone():
 
 @pytest.fixture
 def _no_collections():
-    """A collection may run callbacks of others, as Hypothesis has one; what is raised in them goes nowhere."""
+    """A collection may run callbacks of others, as Hypothesis has one; what those raise goes nowhere."""
     gc.disable()
     yield
     gc.enable()
