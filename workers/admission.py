@@ -9,7 +9,7 @@ Nothing waits here. But who comes back at once is turned away again, and so woul
 same moment. So each is told a time of his own: places become free one after the other, every `gap` seconds,
 and each who is turned away is told the time of a further one, which is kept for him (`promises`).
 
-Pure, without a clock, and all of it in a time that does not depend on how many requests there are.
+Pure, without a clock, and all of it in a time that hardly depends on how many requests there are.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ LONGEST = 3600.0
 
 
 class Account:
-    """What is under way of one caller, or of all. `promised` is the time until which places were promised to
-    those that were turned away.
+    """What is under way of one caller, or of all, and the places that were promised to those that were turned
+    away.
     """
 
-    __slots__ = ("name", "promised", "promises", "requests", "size")
+    __slots__ = ("name", "promises", "requests", "size")
 
     def __init__(self, name: str, promises: Promises) -> None:
         self.name = name
         self.promises = promises
         self.requests = 0
         self.size = 0
-        self.promised = 0.0
 
 
 class Admission:
