@@ -193,8 +193,10 @@ class Keeper:
         """Store an answer and tell it then; False if it may be told at once."""
         self.ended(response.id)
         request = self._service.tracker.tracked(response.id)
-        owed = request is None or request.response_hook is not None or request.handlers is not None
-        return self.stored.answer(response, functools.partial(self._tell, response), owed=owed)
+        if request is not None and request.response_hook is None and request.handlers is None:
+            if self.stored.owes_nobody(response):
+                return False
+        return self.stored.answer(response, functools.partial(self._tell, response))
 
     def _tell(self, response: Response) -> None:
         if self._left and self._service.tracker.tracked(response.id) is None:
@@ -210,7 +212,11 @@ class Keeper:
         """How the answer to a request is read again that was forgotten for want of memory, while its hook
         took nothing; None if it is not stored, or so many wait already that even their names take room.
         """
-        if request.id not in self.stored or self._service.tracker.delivery.pending > MAX_NAMES:
+        if (
+            request.response_hook is None
+            or request.id not in self.stored
+            or self._service.tracker.delivery.pending > MAX_NAMES
+        ):
             return None
         return functools.partial(self._reload, request.id, request.wire, request.extended)
 

@@ -142,20 +142,28 @@ class StoredRequests:
         self.storing += 1
         self.journal.accept(entry, done)
 
-    def answer(self, response: Response, stored: Callable[[], None], *, owed: bool = True) -> bool:
+    def owes_nobody(self, response: Response) -> bool:
+        """The answer to a request is for nobody. If it is no fault it is not stored: that the request is done
+        with is all there is to know, and nothing waits for that to be written. Whether that was so.
+        """
+        if response.error is not None and response.error.code not in _NO_FAULT:
+            return False
+        if response.stream_url is not None:
+            return False
+        seq = self._seqs.pop(response.id, None)
+        if seq is not None:
+            self.journal.delivered(seq, soon=True)
+        return True
+
+    def answer(self, response: Response, stored: Callable[[], None]) -> bool:
         """Store the answer to a request, if that is stored; `stored` is called when it may be told. False if
         it may be told at once.
 
         Where a stream is the answer it is not stored: it ends with its supervisor, so the request runs again
-        if that dies before somebody has been told. Nor is a result that is `owed` to nobody: that the request
-        is done with is all there is to know, and nothing waits for that to be written.
+        if that dies before somebody has been told.
         """
         seq = self._seqs.get(response.id)
         if seq is None or response.stream_url is not None:
-            return False
-        if not owed and (response.error is None or response.error.code in _NO_FAULT):
-            del self._seqs[response.id]
-            self.journal.delivered(seq, soon=True)
             return False
 
         def done() -> None:
