@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest_asyncio
 from workers import journal as module
 from workers import stored
 from workers.errors import AcommError
-from workers.journal import MAX_BATCH, MAX_ERRANDS, Journal
+from workers.journal import HANDED_OVER, MAX_BATCH, MAX_ERRANDS, Journal
 from workers.journalfile import Batch, Ending, Entry, JournalFile, Row
 from workers.stored import StoredRequests
 
@@ -232,6 +233,7 @@ async def test_a_failed_fsync_is_the_end(kit: Kit, code: int) -> None:
     await kit.told.until(2)
     assert kit.told.order[1] == ("failed", "injected")
     kit.accept("b")
+    await kit.told.until(3)
     assert kit.told["b"].code == "busy"
     assert kit.journal.broken == "injected"
     assert "ended" not in dict(kit.told.order)
@@ -260,6 +262,59 @@ async def test_a_question_that_fails_says_so(kit: Kit) -> None:
         await kit.journal.ask(ask)
     kit.accept("a")
     await kit.told.until(1)
+
+
+async def test_what_one_turn_brings_is_one_commit(kit: Kit) -> None:
+    for _ in range(3):
+        for n in range(HANDED_OVER - 1):
+            kit.accept(f"{len(kit.told.order)}-{n}")
+        await kit.told.until(len(kit.told.order) + HANDED_OVER - 1)
+    assert [entries for entries, _, _ in kit.file.sizes] == [HANDED_OVER - 1] * 3
+
+
+async def test_a_long_turn_does_not_keep_the_thread_waiting(kit: Kit) -> None:
+    for n in range(HANDED_OVER):
+        kit.accept(f"r{n}")
+    assert kit.file.writing.wait(WAIT)  # though the event loop has had no other turn
+    kit.file.writing.clear()
+    await kit.told.until(HANDED_OVER)
+    seqs = [kit.journal.new_seq() for _ in range(HANDED_OVER)]
+    for seq in seqs:
+        kit.journal.end(Ending(seq, b"answer", None), kit.told("ended"))
+    assert kit.file.writing.wait(WAIT)
+    await kit.told.until(2 * HANDED_OVER)
+
+
+async def test_what_is_new_when_the_file_fails_is_refused_as_well(kit: Kit) -> None:
+    kit.file.gate = threading.Event()
+    kit.file.faults = [error(sqlite3.SQLITE_IOERR_FSYNC)]
+    kit.accept("a")
+    await kit.file.entered()
+    kit.accept("b")  # handed over while the first is written
+    await asyncio.sleep(0)
+    kit.accept("c")
+    kit.file.gate.set()
+    end = time.monotonic() + WAIT
+    while kit.journal.broken is None and time.monotonic() < end:  # and this turn has not ended
+        pass
+    await kit.told.until(4)
+    assert {kit.told[name].code for name in "abc"} == {"busy"}
+
+
+async def test_what_is_done_with_is_written_soon_and_together(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE", 2 * WAIT)
+    seqs = [kit.accept("a"), kit.accept("b"), kit.accept("c")]
+    await kit.told.until(3)
+    await kit.asleep()
+    kit.file.writing.clear()
+    for seq in seqs:
+        kit.journal.delivered(seq, soon=True)
+        await asyncio.sleep(0)
+    await kit.file.entered()
+    await kit.asleep()
+    assert kit.file.sizes[1:] == [(0, 0, 3)]
 
 
 async def test_one_that_is_roused_for_nothing_does_not_count_as_awake(
@@ -299,6 +354,7 @@ async def test_many_questions_do_not_hold_up_a_commit(kit: Kit, monkeypatch: pyt
     asking = [asyncio.ensure_future(kit.journal.ask(ask, number)) for number in range(100)]
     assert await asyncio.to_thread(reached.wait, WAIT)
     kit.accept("a")
+    await asyncio.sleep(0)  # it is handed over
     gate.set()
     await kit.told.until(1)
     assert before[0] <= 1 + 2 * MAX_ERRANDS

@@ -28,6 +28,15 @@ log = logging.getLogger("acomm.journal")
 MAX_BATCH = 256
 """Requests that share a commit: more would only wait longer for it."""
 
+HANDED_OVER = 128
+"""Requests that the thread is given before the event loop's turn has ended. Given one by one it would take a
+few at a time, and each time have the event loop wait for the interpreter; at the end alone, both would wait
+for each other.
+"""
+
+SOON = 0.01
+"""Seconds within which it is written that a request is done with which would else run again if we died."""
+
 LOOK = 0.02
 """Seconds between looks whether the file is where it was: each costs two trips for the interpreter lock."""
 
@@ -54,6 +63,7 @@ there is something to do. A request has two, so more are looked at than come.
 """
 
 _MOVED = "the file of the supervisor's journal was moved or deleted"
+_FAILED = "the journal has failed; the supervisor stops"
 _UNTOLD = "what waited for the journal failed"
 
 T = TypeVar("T")
@@ -77,10 +87,15 @@ class Journal:
         self._failed = failed
         self._seqs = itertools.count(file.last + 1)
         self._wake = threading.Condition()
+        # What this turn of the event loop has brought, and what the thread was given.
+        self._new_entries: list[tuple[Entry, Stored]] = []
+        self._new_ended: list[tuple[Ending, Callable[[], None]]] = []
+        self._turn_ends = False  # it is called then
         self._entries: list[tuple[Entry, Stored]] = []
         self._ended: list[tuple[Ending, Callable[[], None]]] = []
         self._delivered: list[int] = []
         self._soon = False  # those need not wait for more
+        self._soon_called = False
         self._undelivered: list[int] = []
         self._errands: list[Callable[[], None]] = []
         self._look_at = 0.0
@@ -100,6 +115,7 @@ class Journal:
 
     async def close(self) -> None:
         """Write what is left, and close the file."""
+        self._hand_over()
         self._closing = True
         self._rouse()
         if self._thread.ident is not None:
@@ -117,28 +133,33 @@ class Journal:
 
     def accept(self, entry: Entry, stored: Stored) -> None:
         """Store a request; it may be acknowledged and run when `stored` says so."""
-        if self.broken is not None:
-            stored(Busy("the journal has failed; the supervisor stops"))
-            return
-        self._entries.append((entry, stored))
-        if not self._awake:
-            self._rouse()
+        self._new_entries.append((entry, stored))
+        if len(self._new_entries) >= HANDED_OVER:
+            self._hand_over()
+        elif not self._turn_ends:
+            self._turn_ends = True
+            self._loop.call_soon(self._turn_ended)
 
     def end(self, ending: Ending, stored: Callable[[], None]) -> None:
         """Store an answer; it may be told when `stored` says so."""
-        self._ended.append((ending, stored))
-        if not self._awake:
-            self._rouse()
+        self._new_ended.append((ending, stored))
+        if len(self._new_ended) >= HANDED_OVER:
+            self._hand_over()
+        elif not self._turn_ends:
+            self._turn_ends = True
+            self._loop.call_soon(self._turn_ended)
 
     def delivered(self, seq: int, *, soon: bool = False) -> None:
         """A request's answer has arrived, or nobody is to have it: it need not be kept. Written when there is
-        time; `soon`: with the next commit, as the request would run again if we died before.
+        time; `soon`: within SOON, as the request would run again if we died before.
         """
         self._delivered.append(seq)
-        if soon:
-            self._soon = True
-        if not self._awake and (soon or len(self._delivered) >= MAX_BATCH):
-            self._rouse()
+        if len(self._delivered) >= MAX_BATCH:
+            if not self._awake:
+                self._rouse()
+        elif soon and not self._soon_called:
+            self._soon_called = True
+            self._loop.call_later(SOON, self._deliver_now)
 
     def undelivered(self, seq: int) -> None:
         """A request's answer is given up."""
@@ -173,12 +194,40 @@ class Journal:
 
         if self._closing:
             raise RuntimeError("the journal is closed")
+        self._hand_over()
         self._errands.append(errand)
         if self.broken is None:
             self._rouse()
         else:  # the thread has ended, or is about to and may have seen it; once is enough
             errand()
         return await answer
+
+    def _turn_ended(self) -> None:
+        self._turn_ends = False
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the thread what is new."""
+        if not (self._new_entries or self._new_ended):
+            return
+        with self._wake:
+            broken = self.broken is not None
+            if not broken:
+                self._entries += self._new_entries
+                self._ended += self._new_ended
+        refused = self._new_entries
+        self._new_entries, self._new_ended = [], []
+        if broken:  # answers are for the next supervisor to give
+            self._refused([stored for _, stored in refused], Busy(_FAILED))
+        elif not self._awake:
+            self._rouse()
+
+    def _deliver_now(self) -> None:
+        self._soon_called = False
+        if self._delivered:
+            self._soon = True
+            if not self._awake:
+                self._rouse()
 
     def _rouse(self) -> None:
         """Have the thread look: it sleeps, or is about to. Whoever appends first and then looks whether it is
@@ -283,10 +332,10 @@ class Journal:
             if not isinstance(error, sqlite3.Error):  # a fault of ours: as bad as one of the disk's
                 log.exception("the journal failed")
                 self._break(f"{type(error).__name__}: {error}")
-                refusal: AcommError = Busy("the journal has failed; the supervisor stops")
+                refusal: AcommError = Busy(_FAILED)
             elif not out_of_space(error):
                 self._break(str(error))
-                refusal = Busy("the journal has failed; the supervisor stops")
+                refusal = Busy(_FAILED)
             else:
                 if not self.full:
                     log.error("the journal cannot be written (%s); requests are refused meanwhile", error)
@@ -350,9 +399,10 @@ class Journal:
 
     def _break(self, text: str) -> None:
         """The file is not to be trusted: nothing more is written."""
-        self.broken = text
-        waiting = [stored for _, stored in _take(self._entries)]
-        self._tell(self._refused, waiting, Busy("the journal has failed; the supervisor stops"))
+        with self._wake:  # what is handed over from now on is refused there
+            self.broken = text
+            waiting = [stored for _, stored in _take(self._entries)]
+        self._tell(self._refused, waiting, Busy(_FAILED))
         self._tell(self._failed, text)
         for errand in _take(self._errands):
             errand()

@@ -24,6 +24,7 @@ import stat
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import psutil
@@ -311,8 +312,7 @@ class JournalFile:
         known = self._insert(batch.entries) if batch.entries else {}
         now = self._wall()
         for ends in _chunks(batch.ended):
-            values = [value for ending in ends for value in ending]
-            db.execute(_update_ended(len(ends)), [now, *values])
+            db.execute(_update_ended(len(ends)), [now, *chain.from_iterable(ends)])
         for seqs in _chunks(batch.delivered):
             db.execute(_update_delivered(len(seqs)), [now, *seqs])
         for seqs in _chunks(batch.undelivered):
@@ -328,9 +328,10 @@ class JournalFile:
         db = self._db
         known: dict[int, Row] = {}
         for chunk in _chunks(entries):
-            values = [value for entry in chunk for value in entry]
-            count = len({entry.seq for entry in chunk})
-            if db.execute(_insert(len(chunk)), values).rowcount == count:
+            done = db.execute(_insert(len(chunk)), list(chain.from_iterable(chunk)))
+            if done.rowcount == len(entries):
+                continue  # all of them, as far as they are in one chunk
+            if done.rowcount == len({entry.seq for entry in chunk}):
                 continue
             seqs = [entry.seq for entry in chunk]
             stored = {

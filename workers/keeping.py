@@ -193,9 +193,9 @@ class Keeper:
         """Store an answer and tell it then; False if it may be told at once."""
         self.ended(response.id)
         request = self._service.tracker.tracked(response.id)
-        if request is not None and request.response_hook is None and request.handlers is None:
-            if self.stored.owes_nobody(response):
-                return False
+        quiet = request is not None and request.response_hook is None and request.handlers is None
+        if quiet and self.stored.owes_nobody(response):
+            return False
         return self.stored.answer(response, functools.partial(self._tell, response))
 
     def _tell(self, response: Response) -> None:

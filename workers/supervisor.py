@@ -608,8 +608,6 @@ class Supervisor:
 
     def _finished(self, response: Response) -> None:
         """A request has its answer."""
-        if self.keeper is not None:
-            self.keeper.ended(response.id)
         self.look_idle()
         self._counts["ok" if response.error is None else response.error.code] += 1
         self.recent.finish(response, time.monotonic())
