@@ -40,6 +40,15 @@ def private_path(prefix: str, folder: str | None = None) -> str:
     return os.path.join(folder, f"{prefix}-{os.getpid()}-{os.urandom(6).hex()}.sock")
 
 
+def lasting_path(prefix: str, name: str) -> str:
+    """The path in the runtime folder of whoever goes by `name`, each time the same. Raises ConfigError when the
+    folder is not fit.
+    """
+    folder = runtime_folder()
+    check_folder(folder)
+    return os.path.join(folder, f"{prefix}-{name}.sock")
+
+
 def _sweep(folder: str, prefix: str) -> None:
     """Remove private sockets that dead processes have left: whose lock nobody holds any more."""
     young = time.time() - _SWEEP_AGE

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from acomm import socketpath
 from acomm.acks import ok_ack
 from acomm.channel import DEFAULT_TIMEOUT, Channels
 from acomm.connection import Connection
@@ -92,6 +93,7 @@ class Tracker(Tracking):
         self.wire = wire
         self.external_proxy_url = external_proxy_url
         self._listener = UnixListener(socket_path, on_message=self._message)
+        self._identity = os.urandom(_KEY_BYTES)
         self._unacknowledged = 0
         self._all_acknowledged = asyncio.Event()
         self._all_acknowledged.set()
@@ -111,6 +113,17 @@ class Tracker(Tracking):
     def url(self) -> str:
         """The URL of the response socket: the response hook of tracked requests."""
         return self._listener.url
+
+    def be(self, identity: bytes) -> None:
+        """Be for other services what all were that had this `identity`, 16 secret bytes, before us: with their
+        hooks in requests that are passed on, so that one that is passed on again is no other request, and the
+        answer to an earlier one finds us. Before `start`; raises ConfigError.
+        """
+        from hashlib import blake2b
+
+        name = blake2b(identity, digest_size=6, person=b"path").hexdigest()
+        self._listener.path = socketpath.lasting_path("answers", name)
+        self._identity = identity
 
     async def start(self) -> None:
         """Begin to listen for responses. Raises AddressInUse or ConfigError."""
@@ -227,7 +240,7 @@ class Tracker(Tracking):
         url = request.task_url
         assert url is not None
         # Its sender has chosen the id, which anybody may guess who reaches our door.
-        external = os.urandom(_KEY_BYTES).hex() if unix_path(url) is None else None
+        external = self._key(request.id, url) if unix_path(url) is None else None
         if external and self.external_proxy_url is None:
             raise ConfigError(_NO_PROXY)
         through = request
@@ -270,6 +283,13 @@ class Tracker(Tracking):
 
         payload = outgoing.encode(3, extended=True)
         self.channels.post(url, Outgoing(payload, acknowledged, wire=3, extended=True), origin)
+
+    def _key(self, id: str, url: str) -> str:
+        """What shows that an answer is from the service at `url`, to which this request was sent."""
+        from hashlib import blake2b
+
+        text = f"{id}\0{url}".encode("utf-8", "surrogatepass")
+        return blake2b(text, digest_size=_KEY_BYTES, key=self._identity).hexdigest()
 
     def handle_external(self, data: bytes, address: str | None = None, key: str = "") -> bytes:
         """A response from beyond this host, as its JSON: settles the request that was sent there, and

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -516,3 +517,27 @@ class TestFailed:
     def test_without_a_journal_there_is_nothing_to_list(self, tmp_path: Path) -> None:
         with Served(tmp_path) as served:
             assert "--journal" in self.run(served, "failed", status=1)
+
+
+@pytest.mark.parametrize("via", ["unix", "http"])
+def test_what_is_passed_on_again_is_no_other_request(
+    serve: Serve, hook: Hook, fifos: tuple[Fifo, Fifo], short_folder: Path, via: str
+) -> None:
+    """The other service has it once, and its answer finds the successor."""
+    started, release = fifos
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+    ours = ("--http", address, "--http-no-token") if via == "http" else ()
+    theirs = ("--http", "127.0.0.1:0", "--http-no-token", "--allow-hook", address)
+    with Served(short_folder, *theirs, modules=("durabletasks",)) as other:
+        url = other.url if via == "unix" else other.stats()["http"]["url"]
+        served = serve(*ours)
+        accepted(served, "f", "hold", hook.url, [started.path, release.path], taskURL=url)
+        started.read()
+        die(served)
+        serve(*ours)
+        other.until(lambda stats: stats["counts"].get("repeated") == 1)
+        release.close()
+        answer = hook.answer()
+        assert (answer["id"], answer["error"]) == ("f", "")
+        assert other.stats()["counts"]["accepted"] == 1

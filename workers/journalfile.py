@@ -169,7 +169,9 @@ class Batch:
 
 
 class JournalFile:
-    """The open file. `epoch` is how often it has been opened, `last` its highest row then."""
+    """The open file. `epoch` is how often it has been opened, `last` its highest row then; `identity` is 16
+    secret bytes, by which other services know its supervisors.
+    """
 
     def __init__(self, path: str, *, full: bool = True, wall: Callable[[], float] | None = None) -> None:
         """Open or make the file at `path`, for us alone. `full`: a commit survives the loss of power, else
@@ -232,8 +234,10 @@ class JournalFile:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA}")
             db.execute("INSERT INTO meta VALUES ('epoch', 0)")
+        db.execute("INSERT OR IGNORE INTO meta VALUES ('identity', ?)", (os.urandom(16),))
         db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
         self.epoch: int = db.execute("SELECT value FROM meta WHERE key = 'epoch'").fetchone()[0]
+        self.identity: bytes = db.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()[0]
         self.last: int = db.execute("SELECT coalesce(max(seq), 0) FROM requests").fetchone()[0]
         db.execute("COMMIT")
         self._places = self._look()

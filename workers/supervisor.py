@@ -204,10 +204,12 @@ class Supervisor:
         offer: successor.Offer | None = None
         try:
             await self._workers_ready()
-            await self.tracker.start()
             if self.takes_over:
                 offer = await self._operation.take_over()
                 self._open_journal()
+            if self.keeper is not None:  # else the socket is the old one's yet
+                self.tracker.be(self.keeper.journal.file.identity)
+            await self.tracker.start()
             if self.door is not None:
                 await self.door.start()
             await self.unix.start()
