@@ -41,7 +41,7 @@ def private_path(prefix: str, folder: str | None = None) -> str:
 
 
 def lasting_path(prefix: str, name: str) -> str:
-    """The path in the runtime folder of whoever goes by `name`, each time the same. Raises ConfigError when the
+    """The path in the runtime folder of whoever goes by `name`, always the same. Raises ConfigError when the
     folder is not fit.
     """
     folder = runtime_folder()

@@ -15,17 +15,26 @@ import asyncio
 import logging
 import math
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from acomm import socketpath
+from acomm import socketpath, within
 from acomm.acks import ok_ack
 from acomm.channel import DEFAULT_TIMEOUT, Channels
 from acomm.connection import Connection
-from acomm.errors import AcommError, BadRequest, ConfigError, ConnectionLost, Forbidden, printable
+from acomm.errors import (
+    AcommError,
+    BadRequest,
+    CallTimeout,
+    ConfigError,
+    ConnectionLost,
+    Forbidden,
+    printable,
+)
 from acomm.listener import UnixListener
 from acomm.messages import Request, Response
 from acomm.outgoing import Outgoing
@@ -115,7 +124,7 @@ class Tracker(Tracking):
         return self._listener.url
 
     def be(self, identity: bytes) -> None:
-        """Be for other services what all were that had this `identity`, 16 secret bytes, before us: with their
+        """Be for other services what all were that had this `identity`, 16 secret bytes, before: with their
         hooks in requests that are passed on, so that one that is passed on again is no other request, and the
         answer to an earlier one finds us. Before `start`; raises ConfigError.
         """
@@ -323,7 +332,17 @@ class Tracker(Tracking):
         The response hook is set to our own unless the request has one. Raises the error of a refused
         acknowledgement, ConnectionLost, or CallTimeout after `timeout` seconds (None: the request's own
         timeout and a moment more, else the default). A response that carries an error is returned.
+
+        Within a task its time is at most what the task's own request has left. See `acomm.detached`.
         """
+        due = within.limit()
+        if due is not None:
+            left = due - time.monotonic()
+            if left <= 0:
+                raise CallTimeout("the task that makes this call has no time left for it")
+            asked = request.timeout if timeout is None else timeout
+            if left < (self.default_timeout if asked is None else asked):
+                request, timeout = msgspec.structs.replace(request, timeout=left), left
         answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         id = self.post(url, request, answer, timeout)
         try:

@@ -470,6 +470,7 @@ class TestFailed:
         self.run(served, "replay", "a")
         answer = hook.answer()
         assert (answer["id"], answer["result"]) == ("a", "done")
+        assert "takes 1000 ids" in self.run(served, "purge", *(f"x{n}" for n in range(1001)), status=1)
         assert "1 request forgotten" in self.run(served, "purge", "--all")
         assert self.run(served, "failed") == ""
         assert "no failed request" in self.run(served, "replay", "b", status=1)

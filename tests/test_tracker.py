@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from peers import WAIT, GoPeer, GrantingPeer, Peer, ack, connected, frame, read_all, read_frame
 
-from acomm import Handlers, Request, Response, Tracker, UnixListener, unixchannel
+from acomm import Handlers, Request, Response, Tracker, UnixListener, detached, unixchannel, within
 from acomm.acks import ok_ack
 from acomm.channel import Channels
 from acomm.connection import Connection
@@ -173,6 +173,34 @@ async def test_a_call_ends_at_its_timeout(service: Service, tracking: Tracker) -
     service.answer = lambda request: None
     with pytest.raises(CallTimeout, match="no response in time"):
         await tracking.call(service.url, Request("t"), 0.05)
+    assert tracking.num_requests == 0
+
+
+async def test_a_call_within_a_task_has_at_most_what_that_has_left(
+    service: Service, tracking: Tracker
+) -> None:
+    class Work:
+        answer_due = time.monotonic() + WAIT
+
+    token = within.current.set(Work())
+    try:
+        await tracking.call(service.url, Request("t"))
+        await tracking.call(service.url, Request("t", timeout=1000.0))
+        await tracking.call(service.url, Request("t", timeout=1.0))
+        with detached():
+            await tracking.call(service.url, Request("t"))
+        Work.answer_due = time.monotonic() + 0.05
+        service.answer = lambda request: None
+        with pytest.raises(CallTimeout, match="no response in time"):
+            await tracking.call(service.url, Request("t"))
+        Work.answer_due = 0.0
+        with pytest.raises(CallTimeout, match="no time left"):
+            await tracking.call(service.url, Request("t"))
+    finally:
+        within.current.reset(token)
+    timeouts = [request.timeout for request in service.requests]
+    assert all(timeout is not None and 0 < timeout < WAIT for timeout in (*timeouts[:2], timeouts[4]))
+    assert timeouts[2:4] == [1.0, None]
     assert tracking.num_requests == 0
 
 

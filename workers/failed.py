@@ -17,7 +17,7 @@ from workers.keeping import Keeper
 from workers.stored import StoredRequests
 
 MOST = 1000
-"""Requests that are listed at once."""
+"""Requests that are listed, or purged by their ids, at once."""
 
 
 class Service(Protocol):
@@ -95,9 +95,11 @@ class FailedRequests:
         stored, asked = self._stored(origin), _arguments(request, _Purge)
         if (len(asked.ids) > 0) + (asked.task is not None) + asked.all != 1:
             raise BadArgs("acomm.purge takes ids, a task, or all: one of them")
+        if len(asked.ids) > MOST:
+            raise BadArgs(f"acomm.purge takes {MOST} ids at a time, not {len(asked.ids)}")
         file = stored.journal.file
         if asked.ids:
-            rows = [await self._one(stored, id) for id in asked.ids[:MOST]]
+            rows = [await self._one(stored, id) for id in asked.ids]
             return int(await _ask(stored, file.purge, [row.seq for row in rows]))
         count = 0
         while purged := await _ask(stored, file.purge_some, MOST, asked.task):
