@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from workers import journalfile
+from workers import journalfile, journalplace
 from workers.errors import ConfigError
 from workers.journalfile import (
     ACCEPTED,
@@ -347,5 +347,5 @@ class TestWhoseFile:
         class Mount:
             mountpoint, fstype = os.path.dirname(path), "nfs4"
 
-        monkeypatch.setattr(journalfile.psutil, "disk_partitions", lambda all: [Mount])
+        monkeypatch.setattr(journalplace.psutil, "disk_partitions", lambda all: [Mount])
         assert "nfs4" in self.refused(path)

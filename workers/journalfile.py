@@ -16,20 +16,16 @@ many rows.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import sqlite3
-import stat
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-import psutil
-
 from acomm.socketpath import check_folder
+from workers import journalplace
 from workers.errors import ConfigError, printable
 
 SCHEMA = 1
@@ -69,8 +65,6 @@ index.
 COMPACT_EVERY = 60.0
 """Seconds from the last old row until such are looked for from the first row on."""
 
-_REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "9p", "afs", "ceph", "glusterfs"}
-"""File systems of other hosts, whose locks and shared memory are not to be trusted with a WAL."""
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -183,11 +177,11 @@ class JournalFile:
         self._compacted = 0  # the row up to which old ones are gone
         self._compacted_at = 0.0
         check_folder(os.path.dirname(self.path))
-        _check_local(self.path)
-        self._lock = _lock(self.path)
+        journalplace.check_local(self.path)
+        self._lock = journalplace.lock(self.path)
         self._held: int | None = None
         try:
-            self._held = _make_private(self.path)
+            self._held = journalplace.make_private(self.path)
             with self._readable():
                 self._db = sqlite3.connect(
                     self.path, isolation_level=None, check_same_thread=False, cached_statements=64
@@ -543,64 +537,3 @@ def _time_of_day() -> Callable[[], float]:
     """
     began = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return lambda: began + time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _lock(path: str) -> int:
-    """Hold `PATH.lock`: two supervisors at one journal would run everything twice."""
-    try:
-        fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
-    return _flock(fd, path)
-
-
-def _flock(fd: int, path: str) -> int:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise ConfigError(f"cannot lock the journal {printable(path)}: {error.strerror}") from None
-        raise ConfigError(
-            f"the journal {printable(path)} is in use by another supervisor: stop it, or name another file"
-        ) from None
-    return fd
-
-
-def _make_private(path: str) -> int:
-    """Make the file with mode 0600, or see that nobody else may read or change it: it holds pickled handlers,
-    which we run. Holds it, as well as its lock file, which somebody may tidy away.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise ConfigError(f"cannot use the journal {printable(path)}: {error.strerror}") from None
-    info = os.fstat(fd)
-    fault = None
-    if not stat.S_ISREG(info.st_mode):
-        fault = f"the journal {printable(path)} is not a file"
-    elif info.st_uid != os.getuid():
-        fault = f"the journal {printable(path)} belongs to uid {info.st_uid}, not to you"
-    elif info.st_mode & 0o077:
-        mode = stat.S_IMODE(info.st_mode)
-        fault = f"others may use the journal {printable(path)} (mode {mode:o}): chmod it to 600"
-    if fault is not None:
-        os.close(fd)
-        raise ConfigError(fault)
-    return _flock(fd, path)
-
-
-def _check_local(path: str) -> None:
-    """Refuse the file systems of other hosts."""
-    folder = os.path.realpath(os.path.dirname(path))
-    mounts = [
-        part
-        for part in psutil.disk_partitions(all=True)
-        if os.path.commonpath([part.mountpoint, folder]) == part.mountpoint
-    ]
-    where = max(mounts, key=lambda part: len(part.mountpoint), default=None)
-    if where is not None and where.fstype.lower() in _REMOTE:
-        raise ConfigError(
-            f"the journal {printable(path)} is on a {where.fstype} file system, whose locks do not hold: "
-            "name a file on a disk of this host"
-        )
