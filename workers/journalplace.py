@@ -1,5 +1,5 @@
-"""Where a journal's file may be, and whose: private, held by one supervisor, on a disk of this host. All raise
-ConfigError, which says how to go on.
+"""Where a journal's file may be, and whose: private, held by one supervisor, on a disk of this host. All
+raise ConfigError, which says how to go on.
 """
 
 from __future__ import annotations
