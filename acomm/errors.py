@@ -7,7 +7,9 @@ travels as the extension key `error_info` to peers that asked for it.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 MAX_TEXT = 2000
 """Characters of a message that travel: enough to understand a fault, too little to flood a log."""
@@ -232,6 +234,15 @@ def _seconds_or_none(value: object) -> float | None:
 
 def _text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def alone(error: E) -> E:
+    """`error` without its traceback and the error that it came of. Those hold the frames that it was raised
+    in, and their callers: where one of them leads to who keeps the error, all that was at hand there, a
+    message of many MB maybe, would stay until garbage is looked for.
+    """
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def printable(value: object, limit: int = 200) -> str:

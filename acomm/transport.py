@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Generator
 from typing import Generic, TypeVar, cast
 
+from acomm.errors import alone
 from acomm.framing import HEADER, Framer, FrameTooLarge
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ class FrameProtocol(asyncio.Protocol):
         try:
             messages = self.framer.receive(data)
         except FrameTooLarge as error:
-            messages, failure = error.messages, error
+            messages, failure = error.messages, alone(error)
         self._deliver(messages, failure)
 
     def eof_received(self) -> bool:
@@ -175,7 +176,7 @@ class FrameProtocol(asyncio.Protocol):
         try:
             messages = self.framer.receive_eof()
         except ValueError as error:
-            failure = error
+            failure = alone(error)
         self._deliver(messages, failure)
         self.input_ended()
         # True keeps our direction open: the default would lose the answers to a half-closed peer.

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from doors import JSON, SECURITY, Caller, HttpHook, ServedDoor
-from peers import WAIT
+from peers import WAIT, connected, frame
 from serving import Fifo, Hook, environment, request, serve_command
 
 from workers import launch
@@ -541,6 +542,40 @@ class TestSizes:
         reply = small.call("echo", ["x" * 4000])
         assert (reply.status, reply.error["code"]) == (413, "too_large")
         assert "result" in reply.error["message"]
+
+
+class TestMemory:
+    """What was refused is gone at once: garbage is looked for seldom, and may hold a message of many MB."""
+
+    def test_of_calls_that_are_refused(self, door: ServedDoor) -> None:
+        body = b'{"a":"%b"}' % (b"x" * 4_000_000)
+        with not_growing(door):
+            for _ in range(40):
+                assert door.call("add", body).status == 422
+
+    def test_of_what_is_not_http(self, door: ServedDoor) -> None:
+        with not_growing(door):
+            for _ in range(800):
+                with door.connect() as sock, contextlib.suppress(OSError):
+                    sock.sendall(b"GARBAGE\r\n\r\n" + b"x" * 250_000)
+                    sock.recv(1000)
+
+    def test_of_messages_that_are_cut(self, door: ServedDoor) -> None:
+        data = frame(b"x" * 8_000_000)[:4_000_000]
+        with not_growing(door):
+            for _ in range(40):
+                with connected(door.path) as sock:
+                    sock.sendall(data)
+
+
+@contextlib.contextmanager
+def not_growing(door: ServedDoor) -> Iterator[None]:
+    """Within, 160 MB are sent in vain, of which a few are there at a time."""
+    process = psutil.Process(door.pid)
+    before = process.memory_info().rss
+    yield
+    assert door.call("add", [1]).json == 1
+    assert process.memory_info().rss - before < 60_000_000
 
 
 class TestLife:

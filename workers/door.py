@@ -223,12 +223,17 @@ class Door:
             trusted = self._check(request, route)
             return await route.handler(request, trusted, task)
         except AcommError as error:
-            refusal = error
+            # Under no other name, which would be left in this frame, and that is in its traceback: all that
+            # the request has brought would stay until garbage is looked for.
+            return self._refuse(request, path, error)
         except ConnectionError:
             raise  # the client has left
         except Exception:
             log.exception("an HTTP request could not be answered")
-            refusal = AcommError("the supervisor failed at this request; its log tells why")
+            fault = AcommError("the supervisor failed at this request; its log tells why")
+            return self._refuse(request, path, fault)
+
+    def _refuse(self, request: web.BaseRequest, path: str, refusal: AcommError) -> web.Response:
         self._service.refused(refusal)
         return (
             replies.acknowledgement(refusal)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from acomm.errors import alone
 from workers import httpreplies as replies
 from workers.errors import AcommError, BadRequest, printable
 
@@ -51,7 +52,15 @@ class HttpConnection(web.RequestHandler):
             log.error("an HTTP request could not be answered", exc_info=exc)
             response = replies.refusal(AcommError("the supervisor failed at this request; its log tells why"))
         response.force_close()
+        if exc is not None:
+            alone(exc)  # aiohttp has it in a frame that is in its traceback, beside what has come
         return response
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        for message, _ in self._messages:  # and what came behind that, which nobody has answered
+            if (fault := getattr(message, "exc", None)) is not None:
+                alone(fault)
+        super().connection_lost(exc)
 
 
 @contextmanager

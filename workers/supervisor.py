@@ -26,7 +26,7 @@ import msgspec
 
 from acomm import streamsocket
 from acomm.egress import Policy
-from acomm.errors import AcommError
+from acomm.errors import AcommError, alone
 from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.tracker import Tracker
@@ -374,7 +374,7 @@ class Supervisor:
                 log.exception("a request could not be taken")
                 error = AcommError(_INTERNAL)
             self.refused(error)
-            decided(error)
+            decided(alone(error))  # else it would lead to `decided`, and that to who keeps the error
         else:
             decided(None, accepted)
 
