@@ -220,6 +220,20 @@ class TestNoSpace:
         assert isinstance(kit.told["a"], AcommError)
         assert await kit.journal.ask(kit.file.find, "a") is None
 
+    async def test_nobody_waits_for_it_at_the_end(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o700)
+        kit = Kit(tmp_path)
+        kit.journal.start()
+        first, second = kit.accept("a"), kit.accept("b")
+        await kit.told.until(2)
+        kit.file.faults = [error(sqlite3.SQLITE_FULL)] * 1_000_000
+        kit.journal.end(Ending(first, b"answer", None), kit.told("ended"))
+        kit.journal.delivered(second)
+        try:
+            await asyncio.wait_for(kit.journal.close(), WAIT)
+        finally:
+            kit.file.faults = []
+
 
 @pytest.mark.parametrize(
     "code", [sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_IOERR_READ]

@@ -259,8 +259,9 @@ class Journal:
         ended = _take(self._ended)
         undelivered = _take(self._undelivered)
         # Nobody waits for these, and a batch of one kind is written with one trip for the interpreter lock.
+        # At the end they go with the others: what cannot be written then is tried once, and not for ever.
         delivered: list[int] = []
-        if len(self._delivered) >= MAX_BATCH or not (entries or ended or undelivered):
+        if closing or len(self._delivered) >= MAX_BATCH or not (entries or ended or undelivered):
             self._soon = False  # before they are taken: what comes then is not in this batch
             delivered = _take(self._delivered)
         errands = _take(self._errands, None if closing else MAX_ERRANDS)
