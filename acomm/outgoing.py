@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from acomm.acks import ok_ack
-from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, printable
+from acomm.errors import AcommError, BadRequest, ConnectionLost, Unreachable, alone, printable
 from acomm.messages import Response
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Channel:
         try:
             return await self.exchange(message)
         except AcommError as error:
-            return error
+            return alone(error)  # it may be an answer, which is remembered for minutes, and not the message
         except TimeoutError:
             return ConnectionLost(f"no acknowledgement from {printable(self.url)} in time")
         except OSError as error:

@@ -659,6 +659,18 @@ async def test_http_proxies_of_the_environment_are_not_asked(
         await send(server.url, Request("t"))
 
 
+async def test_the_error_of_a_message_does_not_keep_it() -> None:
+    """It may be an answer, which a supervisor remembers for minutes, and the message have many MB."""
+    channels = Channels()
+    outcomes = Outcomes()
+    channels.post("http://127.0.0.1:1/", message("a", outcomes.of("a")))
+    (error,) = (await outcomes.wait(1))["a"]
+    assert isinstance(error, Unreachable)
+    assert error.__traceback__ is None
+    assert error.__context__ is None
+    await channels.close()
+
+
 async def test_an_http_server_that_is_silent_or_gone_is_a_connection_lost(server: Web) -> None:
     never = asyncio.Event()
 
