@@ -57,7 +57,7 @@ class HttpConnection(web.RequestHandler):
         return response
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        for message, _ in self._messages:  # and what came behind that, which nobody has answered
+        for message, _ in getattr(self, "_messages", ()):  # and what came behind that, unanswered
             if (fault := getattr(message, "exc", None)) is not None:
                 alone(fault)
         super().connection_lost(exc)

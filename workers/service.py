@@ -18,7 +18,7 @@ from workers.errors import AcommError, ConfigError
 
 log = logging.getLogger("acomm.supervisor")
 
-_COLLECT = (20_000, 50, 100)
+_COLLECT = (20_000, 10, 10)
 """When garbage is looked for (`gc.set_threshold`). Requests are freed by their reference counts, and those
 under way are looked at in vain: by Python's 700 that took a tenth of the time of a supervisor with a journal,
 in pauses of up to 10 ms.
@@ -51,12 +51,16 @@ def run(service: Service, ready: Callable[[], None], *, until_eof: bool = False)
     AcommError when it cannot go on.
     """
     _raise_descriptor_limit()
+    collect = gc.get_threshold()
     try:
-        import uvloop
-    except ImportError:
-        asyncio.run(_run(service, ready, until_eof))
-    else:
-        uvloop.run(_run(service, ready, until_eof))
+        try:
+            import uvloop
+        except ImportError:
+            asyncio.run(_run(service, ready, until_eof))
+        else:
+            uvloop.run(_run(service, ready, until_eof))
+    finally:  # the program may go on
+        gc.set_threshold(*collect)
 
 
 async def _run(service: Service, ready: Callable[[], None], until_eof: bool) -> None:
