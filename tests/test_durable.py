@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 from peers import WAIT, ack, connected, frame, read_frame
-from serving import Fifo, Hook, Served, environment, request
+from serving import Fifo, Hook, Served, environment, request, serve_command
 
 from acomm import connect
 from acomm.errors import BadRequest
@@ -543,3 +543,22 @@ def test_what_is_passed_on_again_is_no_other_request(
         answer = hook.answer()
         assert (answer["id"], answer["error"]) == ("f", "")
         assert other.stats()["counts"]["accepted"] == 1
+
+
+def test_a_copy_of_a_journal_that_is_in_use_is_refused(
+    serve: Serve, tmp_path: Path, short_folder: Path
+) -> None:
+    """All that is unfinished would be done twice, and other services could not tell the two apart."""
+    serve()
+    copy = short_folder / "copy.db"
+    with sqlite3.connect(tmp_path / "j.db") as db, sqlite3.connect(copy) as copied:
+        db.backup(copied)
+    db.close()
+    copied.close()
+    copy.chmod(0o600)
+    command = serve_command(short_folder / "s.sock", "--journal", str(copy))
+    done = subprocess.run(
+        command, env=environment(tmp_path), capture_output=True, text=True, timeout=WAIT, check=False
+    )
+    assert done.returncode == 2
+    assert "one of the two journals is a copy of the other" in done.stderr

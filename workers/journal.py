@@ -134,20 +134,12 @@ class Journal:
     def accept(self, entry: Entry, stored: Stored) -> None:
         """Store a request; it may be acknowledged and run when `stored` says so."""
         self._new_entries.append((entry, stored))
-        if len(self._new_entries) >= HANDED_OVER:
-            self._hand_over()
-        elif not self._turn_ends:
-            self._turn_ends = True
-            self._loop.call_soon(self._turn_ended)
+        self._more(len(self._new_entries))
 
     def end(self, ending: Ending, stored: Callable[[], None]) -> None:
         """Store an answer; it may be told when `stored` says so."""
         self._new_ended.append((ending, stored))
-        if len(self._new_ended) >= HANDED_OVER:
-            self._hand_over()
-        elif not self._turn_ends:
-            self._turn_ends = True
-            self._loop.call_soon(self._turn_ended)
+        self._more(len(self._new_ended))
 
     def delivered(self, seq: int, *, soon: bool = False) -> None:
         """A request's answer has arrived, or nobody is to have it: it need not be kept. Written when there is
@@ -201,6 +193,14 @@ class Journal:
         else:  # the thread has ended, or is about to and may have seen it; once is enough
             errand()
         return await answer
+
+    def _more(self, new: int) -> None:
+        """Hand over what is new, so many of a kind, now or when the event loop's turn ends."""
+        if new >= HANDED_OVER:
+            self._hand_over()
+        elif not self._turn_ends:
+            self._turn_ends = True
+            self._loop.call_soon(self._turn_ended)
 
     def _turn_ended(self) -> None:
         self._turn_ends = False

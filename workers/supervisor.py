@@ -26,7 +26,7 @@ import msgspec
 
 from acomm import streamsocket
 from acomm.egress import Policy
-from acomm.errors import AcommError, alone
+from acomm.errors import AcommError, AddressInUse, alone
 from acomm.messages import RESERVED, Request, Response
 from acomm.origin import Origin
 from acomm.tracker import Tracker
@@ -207,9 +207,7 @@ class Supervisor:
             if self.takes_over:
                 offer = await self._operation.take_over()
                 self._open_journal()
-            if self.keeper is not None:  # else the socket is the old one's yet
-                self.tracker.be(self.keeper.journal.file.identity)
-            await self.tracker.start()
+            await self._start_tracker()
             if self.door is not None:
                 await self.door.start()
             await self.unix.start()
@@ -234,6 +232,19 @@ class Supervisor:
             full = self.config.durability == "power"
             self.keeper = Keeper(self, path, full=full, few=self.pool.size)
             self.keeper.start()
+
+    async def _start_tracker(self) -> None:
+        """Behind a takeover: the socket for answers belongs to who has the journal."""
+        if self.keeper is None:
+            await self.tracker.start()
+            return
+        self.tracker.be(self.keeper.journal.file.identity)
+        try:
+            await self.tracker.start()
+        except AddressInUse as error:
+            raise AddressInUse(
+                f"{error}, and one of the two journals is a copy of the other: stop it, or begin a new one"
+            ) from None
 
     async def _close_journal(self) -> None:
         if self.keeper is not None:
